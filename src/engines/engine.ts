@@ -1,0 +1,90 @@
+/**
+ * What takes and restores a checkpoint. An engine knows processes and images, but no pools, no policies and no CLI.
+ * Two engines exist: `criu` (the real one) and `spawn` (a cold start behind the same interface, where CRIU cannot run).
+ */
+import type { ExitStatus } from '../linux/reaper.js'
+
+export type EngineName = 'criu' | 'spawn'
+
+/** How a generation gives its children their memory: shared copy-on-write, or copied at each fork. */
+export type MemoryMode = 'cow' | 'copy'
+
+/** A running program that a checkpoint can be taken of: a template, or (refork) a warmed child. */
+export interface SourceProcess {
+  readonly pid: number
+  readonly command: readonly string[]
+  readonly cwd: string
+  /** Environment keys whose values a later supervisor must share to use the generation; never the whole environment. */
+  readonly declaredEnv: Readonly<Record<string, string>>
+  /** Inodes of the pipes on its descriptors 0, 1 and 2: what the stdio edit gives anew to each child. */
+  readonly stdioInodes: readonly [bigint, bigint, bigint]
+  readonly uid: number
+  readonly gid: number
+}
+
+export interface CheckpointOptions {
+  /** Whether the source goes on after the checkpoint (Idea 1) or is left for the caller to end. It goes on in either case until then. */
+  memory: MemoryMode | 'auto'
+  signal?: AbortSignal
+  timeoutMs: number
+}
+
+/** What a supervisor needs to know of a generation; the rest is in its manifest. */
+export interface GenerationInfo {
+  readonly number: number
+  readonly createdAt: Date
+  /** Of the source, at the checkpoint. */
+  readonly rssBytes: number
+  /** Of the generation's directory; 0 for the spawn engine. */
+  readonly sizeBytes: number
+  readonly memory: MemoryMode
+  /** Why memory is copied, or other things the user should hear once. */
+  readonly warnings: readonly string[]
+  /** How long the source stood still. */
+  readonly checkpointMs: number
+}
+
+/** Descriptors of the caller that become a child's 0, 1 and 2; they stay the caller's to close. */
+export type StdioFds = readonly [stdin: number, stdout: number, stderr: number]
+
+export interface ForkOptions {
+  /** Descriptors that the child gets in place of new pipes. */
+  stdio?: StdioFds
+  signal?: AbortSignal
+}
+
+/** A process that a fork gave: restored and stopped before its first instruction, until `resume`. */
+export interface ForkedProcess {
+  readonly pid: number
+  /** All processes of the tree, the root first. */
+  readonly pids: readonly number[]
+  /** Our ends of its pipes: to write its stdin, to read its stdout and stderr. Undefined where the caller gave descriptors. The taker closes them. */
+  readonly pipes: StdioFds | undefined
+  readonly generation: number
+  readonly exited: Promise<ExitStatus>
+  /** Starts a parked process (SIGCONT to each of its tree). Throws CHILD_GONE where it has ended. */
+  resume(): void
+  /** True once it runs: resumed by us or, while parked, by somebody else. */
+  readonly running: boolean
+  /** Called when somebody else continues it while it is parked. */
+  onStrayResume?: () => void
+  /** Sends a signal to the root; false where it is gone. */
+  kill(signal: NodeJS.Signals): boolean
+}
+
+/** Where forks of one generation come from. */
+export interface ForkSource {
+  readonly generation: GenerationInfo
+  /** One fork: restored, stopped. */
+  fork(options?: ForkOptions): Promise<ForkedProcess>
+  /** Gives back what was started ahead; children live on. */
+  close(): Promise<void>
+}
+
+export interface Engine {
+  readonly name: EngineName
+  checkpoint(source: SourceProcess, options: CheckpointOptions): Promise<GenerationInfo>
+  /** Throws GENERATION_NOT_FOUND, GENERATION_CORRUPT, GENERATION_MISFIT. */
+  open(generation: number): Promise<ForkSource>
+  close(): Promise<void>
+}

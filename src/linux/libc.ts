@@ -1,0 +1,156 @@
+/**
+ * The system calls that Node lacks, through koffi. Everything that is particular to x86-64 (system call numbers)
+ * stands in this file. Each function throws a `SystemError` with `code` (`EAGAIN` …), like Node's own.
+ */
+import { constants } from 'node:os'
+import koffi from 'koffi'
+
+const lib = koffi.load(null)
+
+const c = {
+  waitpid: lib.func('int waitpid(int pid, _Out_ int *status, int options)'),
+  pipe2: lib.func('int pipe2(_Out_ int *fds, int flags)'),
+  socketpair: lib.func('int socketpair(int domain, int type, int protocol, _Out_ int *fds)'),
+  fcntl: lib.func('int fcntl(int fd, int command, int argument)'),
+  flock: lib.func('int flock(int fd, int operation)'),
+  kill: lib.func('int kill(int pid, int signal)'),
+  prctl: lib.func('int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)'),
+  send: lib.func('ssize_t send(int fd, const void *data, size_t length, int flags)'),
+  recv: lib.func('ssize_t recv(int fd, _Out_ void *data, size_t length, int flags)'),
+  syscall3: lib.func('long syscall(long number, long a, long b, long c)'),
+}
+
+/** System call numbers of x86-64 (arm64 shares the numbers from 424 on). */
+const SYS = { pidfd_send_signal: 424, pidfd_open: 434, pidfd_getfd: 438 } as const
+
+const ERRNO_NAMES = new Map(Object.entries(constants.errno).map(([name, number]) => [number as number, name]))
+
+export class SystemError extends Error {
+  override readonly name = 'SystemError'
+  constructor(
+    readonly syscall: string,
+    readonly errno: number,
+    readonly code: string,
+  ) {
+    super(`${syscall}: ${code}`)
+  }
+}
+
+function check(syscall: string, result: number): number {
+  if (result >= 0) return result
+  const errno = koffi.errno()
+  throw new SystemError(syscall, errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+}
+
+const O_CLOEXEC = 0o2000000
+const O_NONBLOCK = 0o4000
+const F_GETFL = 3
+const F_SETFL = 4
+const F_GETFD = 1
+const F_SETFD = 2
+
+/** A pipe, both ends close-on-exec: a child gets an end only where it is handed one. */
+export function pipe(): { read: number; write: number } {
+  const fds = [0, 0]
+  check('pipe2', c.pipe2(fds, O_CLOEXEC))
+  return { read: fds[0]!, write: fds[1]! }
+}
+
+/** A pair of connected Unix sockets that keep message boundaries (SOCK_SEQPACKET), close-on-exec. */
+export function seqpacketPair(): [number, number] {
+  const AF_UNIX = 1
+  const SOCK_SEQPACKET = 5
+  const fds = [0, 0]
+  check('socketpair', c.socketpair(AF_UNIX, SOCK_SEQPACKET | O_CLOEXEC, 0, fds))
+  return [fds[0]!, fds[1]!]
+}
+
+/** Sends one message; never raises SIGPIPE. */
+export function send(fd: number, data: Uint8Array): void {
+  const MSG_NOSIGNAL = 0x4000
+  check('send', c.send(fd, data, data.length, MSG_NOSIGNAL))
+}
+
+/** Sets or clears O_NONBLOCK on the open file description. */
+export function setNonblocking(fd: number, on: boolean): void {
+  const flags = check('fcntl', c.fcntl(fd, F_GETFL, 0))
+  check('fcntl', c.fcntl(fd, F_SETFL, on ? flags | O_NONBLOCK : flags & ~O_NONBLOCK))
+}
+
+export function setCloseOnExec(fd: number, on: boolean): void {
+  const flags = check('fcntl', c.fcntl(fd, F_GETFD, 0))
+  check('fcntl', c.fcntl(fd, F_SETFD, on ? flags | 1 : flags & ~1))
+}
+
+/** Takes an exclusive lock on an open file without waiting; false where another holder has it. */
+export function tryLock(fd: number): boolean {
+  const LOCK_EX_NB = 2 | 4
+  if (c.flock(fd, LOCK_EX_NB) === 0) return true
+  const errno = koffi.errno()
+  if (errno === constants.errno.EWOULDBLOCK || errno === constants.errno.EINTR) return false
+  throw new SystemError('flock', errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+}
+
+export type WaitResult =
+  | { kind: 'running' }
+  | { kind: 'exited'; code: number | null; signal: NodeJS.Signals | null }
+  | { kind: 'stopped'; signal: number }
+  | { kind: 'continued' }
+  /** Not our child, or somebody else has read its status. */
+  | { kind: 'none' }
+
+const SIGNAL_NAMES = new Map(Object.entries(constants.signals).map(([name, number]) => [number as number, name]))
+
+/** The name of a signal number; `SIG64` style for the real-time ones that Node has no name for. */
+export function signalName(number: number): NodeJS.Signals {
+  return (SIGNAL_NAMES.get(number) ?? `SIG${number}`) as NodeJS.Signals
+}
+
+/** What has happened to one child since the last call, without waiting (waitpid with WNOHANG|WUNTRACED|WCONTINUED). */
+export function waitChild(pid: number): WaitResult {
+  const WNOHANG_WUNTRACED_WCONTINUED = 1 | 2 | 8
+  const out = [0]
+  const result = c.waitpid(pid, out, WNOHANG_WUNTRACED_WCONTINUED)
+  if (result === 0) return { kind: 'running' }
+  if (result < 0) return { kind: 'none' }
+  const status = out[0]!
+  if (status === 0xffff) return { kind: 'continued' }
+  if ((status & 0xff) === 0x7f) return { kind: 'stopped', signal: (status >> 8) & 0xff }
+  const signal = status & 0x7f
+  if (signal === 0) return { kind: 'exited', code: (status >> 8) & 0xff, signal: null }
+  return { kind: 'exited', code: null, signal: signalName(signal) }
+}
+
+/** A descriptor that names a process, safe against its id being given to another (pidfd_open, Linux 5.3). */
+export function pidfdOpen(pid: number): number {
+  return check('pidfd_open', Number(c.syscall3(SYS.pidfd_open, pid, 0, 0)))
+}
+
+/** Sends a signal through a pidfd; false where the process is gone. */
+export function pidfdSignal(pidfd: number, signal: number): boolean {
+  if (Number(c.syscall3(SYS.pidfd_send_signal, pidfd, signal, 0)) === 0) return true
+  const errno = koffi.errno()
+  if (errno === constants.errno.ESRCH) return false
+  throw new SystemError('pidfd_send_signal', errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+}
+
+/** A copy of another process's descriptor (pidfd_getfd, Linux 5.6; needs ptrace rights over it). */
+export function pidfdGetfd(pidfd: number, fd: number): number {
+  return check('pidfd_getfd', Number(c.syscall3(SYS.pidfd_getfd, pidfd, fd, 0)))
+}
+
+/** Whether an id is in use as a process, a thread or a process group. */
+export function idInUse(id: number): boolean {
+  if (c.kill(id, 0) === 0) return true
+  if (koffi.errno() !== constants.errno.ESRCH) return true
+  if (c.kill(-id, 0) === 0) return true
+  return koffi.errno() !== constants.errno.ESRCH
+}
+
+/** Sends a signal by id; false where there is no such process. */
+export function sendSignal(pid: number, signal: number): boolean {
+  if (c.kill(pid, signal) === 0) return true
+  const errno = koffi.errno()
+  if (errno === constants.errno.ESRCH) return false
+  throw new SystemError('kill', errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+}

@@ -1,0 +1,162 @@
+/** Readers of /proc. They return undefined where the process is gone, and know nothing of warmfork. */
+import { readdirSync, readFileSync } from 'node:fs'
+
+export interface ProcStat {
+  pid: number
+  comm: string
+  /** One letter: R running, S sleeping, D waiting, T stopped, Z zombie, X dead. */
+  state: string
+  ppid: number
+  pgid: number
+  sid: number
+  threads: number
+  /** Since the boot, in clock ticks: with the pid it names a process for ever. */
+  startTicks: number
+}
+
+/** Reads a file of /proc; undefined where the process is gone or is not ours to read. */
+function read(path: string): string | undefined {
+  try {
+    return readFileSync(path, 'latin1')
+  } catch {
+    return undefined
+  }
+}
+
+export function stat(pid: number): ProcStat | undefined {
+  const text = read(`/proc/${pid}/stat`)
+  if (!text) return undefined
+  const close = text.lastIndexOf(')')
+  const rest = text.slice(close + 2).split(' ')
+  return {
+    pid,
+    comm: text.slice(text.indexOf('(') + 1, close),
+    state: rest[0]!,
+    ppid: Number(rest[1]),
+    pgid: Number(rest[2]),
+    sid: Number(rest[3]),
+    threads: Number(rest[17]),
+    startTicks: Number(rest[19]),
+  }
+}
+
+/** Whether the process that had this id and start time still runs (a zombie does not). */
+export function isAlive(pid: number, startTicks?: number): boolean {
+  const found = stat(pid)
+  if (!found || found.state === 'Z' || found.state === 'X') return false
+  return startTicks === undefined || found.startTicks === startTicks
+}
+
+export function threadIds(pid: number): number[] {
+  try {
+    return readdirSync(`/proc/${pid}/task`).map(Number)
+  } catch {
+    return []
+  }
+}
+
+export function allPids(): number[] {
+  return readdirSync('/proc').filter((name) => /^\d+$/.test(name)).map(Number)
+}
+
+/** A process and all that descend from it, parents before children. */
+export function processTree(root: number): ProcStat[] {
+  const first = stat(root)
+  if (!first) return []
+  const byParent = new Map<number, ProcStat[]>()
+  for (const pid of allPids()) {
+    const found = stat(pid)
+    if (found) byParent.set(found.ppid, [...(byParent.get(found.ppid) ?? []), found])
+  }
+  const tree = [first]
+  for (let i = 0; i < tree.length; i++) tree.push(...(byParent.get(tree[i]!.pid) ?? []))
+  return tree
+}
+
+export interface MemoryUse {
+  rssBytes: number
+  pssBytes: number
+  /** Anonymous memory: what the process has to itself. (`Private_Dirty` would count clean pages of a page file that is not yet written back.) */
+  privateBytes: number
+  /** Resident and not private: page files, libraries. */
+  sharedBytes: number
+}
+
+/** From smaps_rollup, in bytes. */
+export function memoryUse(pid: number): MemoryUse | undefined {
+  const text = read(`/proc/${pid}/smaps_rollup`)
+  if (!text) return undefined
+  const kib = (key: string) => Number(new RegExp(`^${key}:\\s+(\\d+) kB`, 'm').exec(text)?.[1] ?? 0)
+  const rssBytes = kib('Rss') * 1024
+  const privateBytes = kib('Anonymous') * 1024
+  return { rssBytes, pssBytes: kib('Pss') * 1024, privateBytes, sharedBytes: Math.max(0, rssBytes - privateBytes) }
+}
+
+export interface Mapping {
+  start: bigint
+  end: bigint
+  /** `rwxp` as in maps. */
+  perms: string
+  offset: bigint
+  inode: number
+  /** Empty for anonymous memory; ends in ` (deleted)` where the file is gone. */
+  path: string
+  /** Two-letter kernel flags (`wf` wipe on fork, `dp` droppable …); only from `mappingsWithFlags`. */
+  vmFlags: string[]
+}
+
+const MAPS_LINE = /^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) \S+ (\d+)\s*(.*)$/
+
+function parseMapping(line: string): Mapping | undefined {
+  const m = MAPS_LINE.exec(line)
+  if (!m) return undefined
+  return {
+    start: BigInt(`0x${m[1]}`),
+    end: BigInt(`0x${m[2]}`),
+    perms: m[3]!,
+    offset: BigInt(`0x${m[4]}`),
+    inode: Number(m[5]),
+    path: m[6]!,
+    vmFlags: [],
+  }
+}
+
+export function mappings(pid: number): Mapping[] | undefined {
+  return read(`/proc/${pid}/maps`)?.split('\n').flatMap((line) => parseMapping(line) ?? [])
+}
+
+/** The mappings with their kernel flags, from smaps: slower than `mappings`, since the kernel walks the page tables. */
+export function mappingsWithFlags(pid: number): Mapping[] | undefined {
+  const text = read(`/proc/${pid}/smaps`)
+  if (!text) return undefined
+  const found: Mapping[] = []
+  for (const line of text.split('\n')) {
+    if (line.startsWith('VmFlags:')) {
+      const last = found.at(-1)
+      if (last) last.vmFlags = line.slice(8).trim().split(' ')
+    } else {
+      const mapping = parseMapping(line)
+      if (mapping) found.push(mapping)
+    }
+  }
+  return found
+}
+
+/** The environment a process was started with, as `KEY=value` strings. */
+export function environment(pid: number): string[] | undefined {
+  return read(`/proc/${pid}/environ`)?.split('\0').filter(Boolean)
+}
+
+/** Differs at each boot of the machine. */
+export function bootId(): string {
+  return readFileSync('/proc/sys/kernel/random/boot_id', 'latin1').trim()
+}
+
+export function pidMax(): number {
+  return Number(readFileSync('/proc/sys/kernel/pid_max', 'latin1'))
+}
+
+/** The id that the kernel gave last in this pid namespace. */
+export function lastPid(): number {
+  return Number(read('/proc/sys/kernel/ns_last_pid') ?? 0)
+}
