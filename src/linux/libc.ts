@@ -15,8 +15,8 @@ const c = {
   flock: lib.func('int flock(int fd, int operation)'),
   kill: lib.func('int kill(int pid, int signal)'),
   prctl: lib.func('int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)'),
-  send: lib.func('ssize_t send(int fd, const void *data, size_t length, int flags)'),
-  recv: lib.func('ssize_t recv(int fd, _Out_ void *data, size_t length, int flags)'),
+  send: lib.func('long send(int fd, const void *data, size_t length, int flags)'),
+  recv: lib.func('long recv(int fd, _Out_ void *data, size_t length, int flags)'),
   syscall3: lib.func('long syscall(long number, long a, long b, long c)'),
 }
 
