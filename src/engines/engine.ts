@@ -2,6 +2,7 @@
  * What takes and restores a checkpoint. An engine knows processes and images, but no pools, no policies and no CLI.
  * Two engines exist: `criu` (the real one) and `spawn` (a cold start behind the same interface, where CRIU cannot run).
  */
+import type { Readable, Writable } from 'node:stream'
 import type { ExitStatus } from '../linux/reaper.js'
 
 export type EngineName = 'criu' | 'spawn'
@@ -60,6 +61,8 @@ export interface ForkedProcess {
   readonly pids: readonly number[]
   /** Our ends of its pipes: to write its stdin, to read its stdout and stderr. Undefined where the caller gave descriptors. The taker closes them. */
   readonly pipes: StdioFds | undefined
+  /** The same as streams, from an engine that has no pipes of its own making (spawn on macOS). */
+  readonly streams?: { readonly stdin: Writable; readonly stdout: Readable; readonly stderr: Readable }
   readonly generation: number
   readonly exited: Promise<ExitStatus>
   /** Starts a parked process (SIGCONT to each of its tree). Throws CHILD_GONE where it has ended. */

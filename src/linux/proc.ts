@@ -56,7 +56,9 @@ export function threadIds(pid: number): number[] {
 }
 
 export function allPids(): number[] {
-  return readdirSync('/proc').filter((name) => /^\d+$/.test(name)).map(Number)
+  return readdirSync('/proc')
+    .filter((name) => /^\d+$/.test(name))
+    .map(Number)
 }
 
 /** A process and all that descend from it, parents before children. */
@@ -71,6 +73,20 @@ export function processTree(root: number): ProcStat[] {
   const tree = [first]
   for (let i = 0; i < tree.length; i++) tree.push(...(byParent.get(tree[i]!.pid) ?? []))
   return tree
+}
+
+/** All that descend from a process, without a look at the other processes of the machine (`children` files, CONFIG_PROC_CHILDREN). */
+export function descendants(root: number): number[] {
+  const found: number[] = []
+  const queue = [root]
+  for (let pid = queue.pop(); pid !== undefined; pid = queue.pop()) {
+    for (const thread of threadIds(pid)) {
+      const children = (read(`/proc/${pid}/task/${thread}/children`) ?? '').split(' ').filter(Boolean).map(Number)
+      found.push(...children)
+      queue.push(...children)
+    }
+  }
+  return found
 }
 
 export interface MemoryUse {
@@ -122,7 +138,9 @@ function parseMapping(line: string): Mapping | undefined {
 }
 
 export function mappings(pid: number): Mapping[] | undefined {
-  return read(`/proc/${pid}/maps`)?.split('\n').flatMap((line) => parseMapping(line) ?? [])
+  return read(`/proc/${pid}/maps`)
+    ?.split('\n')
+    .flatMap((line) => parseMapping(line) ?? [])
 }
 
 /** The mappings with their kernel flags, from smaps: slower than `mappings`, since the kernel walks the page tables. */
