@@ -1,0 +1,389 @@
+/**
+ * A child: what a fork gives its user. It wraps the engine's process with streams, an exit promise and figures. It knows
+ * no pool and no supervisor.
+ */
+import { EventEmitter } from 'node:events'
+import { closeSync, constants, openSync, readSync } from 'node:fs'
+import { Socket } from 'node:net'
+import { Readable, Writable } from 'node:stream'
+import pidusage from 'pidusage'
+import { type Endable, endTree, killTree } from './ending.js'
+import type { ForkedProcess } from './engines/engine.js'
+import { WarmforkError } from './errors.js'
+import { descendants, isAlive, memoryUse } from './linux/proc.js'
+import type { ExitStatus } from './linux/reaper.js'
+
+/** A parked child has not run yet, a running one is the user's, an ended one has an exit status. */
+export type ChildState = 'parked' | 'running' | 'ended'
+
+/** Memory and CPU of a child with the processes that it has started. */
+export interface ChildStats {
+  readonly pid: number
+  readonly generation: number
+  readonly state: ChildState
+  /** Memory that it has to itself. */
+  readonly privateBytes: number
+  /** Resident and shared with its siblings, or with others. */
+  readonly sharedBytes: number
+  /** Its proportional share: private memory, and of the shared as much as falls to it. */
+  readonly pssBytes: number
+  readonly rssBytes: number
+  /** Of one core, since the last call if that was within some seconds, else since its start. */
+  readonly cpuPercent: number
+  readonly cpuSeconds: number
+  /** Since the fork. */
+  readonly elapsedMs: number
+}
+
+export interface EndOptions {
+  /**
+   * From SIGTERM to SIGKILL, in milliseconds.
+   * @default `template.stopTimeoutMs` of the supervisor
+   */
+  graceMs?: number
+}
+
+export interface ChildEvents {
+  /** It was continued and runs. */
+  running: []
+  exit: [status: ExitStatus]
+}
+
+/**
+ * pidusage remembers a process's last figures, and an open descriptor, by its id and for this long. Short, since an id can be
+ * given to another process, and since the package cannot forget a single one.
+ */
+const CPU_MEMORY_MS = 5_000
+
+/** At most this much is in a pipe that nobody has read (its default capacity is 64 KiB, `pipe-max-size` 1 MiB). */
+const PIPE_BYTES = 1024 * 1024
+
+/**
+ * One fork. Its stdout and stderr are pipes: what nobody reads stays in them, and a program that writes more than 64 KiB waits
+ * until somebody reads. Read them, call `resume()` on the stream, or fork with descriptors of your own.
+ */
+export class Child extends EventEmitter<ChildEvents> {
+  readonly pid: number
+  /** Number of the generation that it was forked from. */
+  readonly generation: number
+  /** Resolves when it runs; with agents, when its hooks are done. Rejects with CHILD_GONE where it ended before. */
+  readonly ready: Promise<void>
+  /** How it ended. Never rejects. */
+  readonly exit: Promise<ExitStatus>
+
+  readonly #process: ForkedProcess
+  readonly #stopTimeoutMs: number
+  #state: ChildState = 'parked'
+  #forkedAt: Date | undefined
+  readonly #parkedSince = Date.now()
+  #exitStatus: ExitStatus | undefined
+  #markReady!: () => void
+  #markGone!: (error: WarmforkError) => void
+  /** The descriptors that no stream has taken over yet. */
+  readonly #fds: [number | undefined, number | undefined, number | undefined]
+  /** What was read of them at the end. */
+  readonly #left: [never[], Buffer[], Buffer[]] = [[], [], []]
+  #stdin: Writable | undefined
+  #stdout: Readable | undefined
+  #stderr: Readable | undefined
+  readonly #lines: { chunks: Buffer[]; ended: boolean; iterator?: AsyncIterator<Buffer> } = { chunks: [], ended: false }
+  readonly #hasPipes: boolean
+
+  /** @internal */
+  constructor(process_: ForkedProcess, options: { stopTimeoutMs: number }) {
+    super()
+    this.#process = process_
+    this.#stopTimeoutMs = options.stopTimeoutMs
+    this.pid = process_.pid
+    this.generation = process_.generation
+    this.#hasPipes = process_.pipes !== undefined || process_.streams !== undefined
+    this.#fds = process_.pipes ? [...process_.pipes] : [undefined, undefined, undefined]
+    if (process_.streams) {
+      this.#stdin = quiet(process_.streams.stdin)
+      this.#stdout = process_.streams.stdout
+      this.#stderr = process_.streams.stderr
+    }
+    this.ready = new Promise((resolve, reject) => {
+      this.#markReady = resolve
+      this.#markGone = reject
+    })
+    this.ready.catch(() => {})
+    this.exit = process_.exited.then((status) => this.#ended(status))
+  }
+
+  get state(): ChildState {
+    return this.#state
+  }
+
+  /** When it was continued; undefined while it is parked. */
+  get forkedAt(): Date | undefined {
+    return this.#forkedAt
+  }
+
+  /** When it was made. */
+  get parkedAt(): Date {
+    return new Date(this.#parkedSince)
+  }
+
+  /** Its exit status, once it has ended. */
+  get exitStatus(): ExitStatus | undefined {
+    return this.#exitStatus
+  }
+
+  /**
+   * Its standard input. A write after its end is dropped; the write's callback and `error` listeners hear of it, but nothing is thrown.
+   * @throws BAD_OPTION where the fork was given descriptors
+   */
+  get stdin(): Writable {
+    this.#requirePipes('stdin')
+    if (!this.#stdin) {
+      const fd = this.#fds[0]
+      this.#fds[0] = undefined
+      const socket = fd === undefined ? closedWritable() : new Socket({ fd, readable: false, writable: true })
+      this.#stdin = quiet(socket)
+      if (this.#state === 'ended') socket.destroy()
+    }
+    return this.#stdin
+  }
+
+  /** Its standard output. @throws BAD_OPTION where the fork was given descriptors */
+  get stdout(): Readable {
+    this.#requirePipes('stdout')
+    this.#stdout ??= this.#open(1)
+    return this.#stdout
+  }
+
+  /** Its standard error. @throws BAD_OPTION where the fork was given descriptors */
+  get stderr(): Readable {
+    this.#requirePipes('stderr')
+    this.#stderr ??= this.#open(2)
+    return this.#stderr
+  }
+
+  /**
+   * The lines of its stdout, without their ends (`\n` or `\r\n`), as UTF-8. Leaving the loop early leaves the rest for a later `lines()`.
+   * Use either this or the stream.
+   */
+  async *lines(): AsyncGenerator<string, void, void> {
+    const state = this.#lines
+    state.iterator ??= this.stdout.iterator({ destroyOnReturn: false })[Symbol.asyncIterator]()
+    for (;;) {
+      // Only the last chunk can hold a line end that was not seen before: a long line is not searched again.
+      const last = state.chunks.at(-1)
+      const end = last?.indexOf(10) ?? -1
+      if (last && end >= 0) {
+        const line = Buffer.concat([...state.chunks.slice(0, -1), last.subarray(0, end)])
+        state.chunks = end + 1 < last.length ? [last.subarray(end + 1)] : []
+        yield lineText(line)
+      } else if (state.ended) {
+        const rest = Buffer.concat(state.chunks)
+        state.chunks = []
+        if (rest.length > 0) yield lineText(rest)
+        return
+      } else {
+        const next = await state.iterator.next()
+        if (next.done) state.ended = true
+        else state.chunks.push(next.value)
+      }
+    }
+  }
+
+  /**
+   * Sends a signal to it.
+   * @param signal default `SIGTERM`
+   * @returns false where it has ended
+   */
+  kill(signal: NodeJS.Signals = 'SIGTERM'): boolean {
+    return this.#state !== 'ended' && this.#process.kill(signal)
+  }
+
+  /** Ends it and what it has started: SIGTERM, then SIGKILL after the grace time. A parked child is killed at once. */
+  async end(options: EndOptions = {}): Promise<ExitStatus> {
+    if (this.#state === 'parked') await killTree(this.#endable())
+    else if (this.#state === 'running') await endTree(this.#endable(), options.graceMs ?? this.#stopTimeoutMs)
+    return this.exit
+  }
+
+  /**
+   * Memory (from smaps_rollup) and CPU.
+   * @throws CHILD_GONE where it has ended
+   */
+  async stats(): Promise<ChildStats> {
+    const pids = [this.pid, ...descendants(this.pid)]
+    const memory = { privateBytes: 0, sharedBytes: 0, pssBytes: 0, rssBytes: 0 }
+    for (const pid of pids) {
+      const use = memoryUse(pid)
+      if (!use) continue
+      for (const key of Object.keys(memory) as (keyof typeof memory)[]) memory[key] += use[key]
+    }
+    let cpuPercent = 0
+    let cpuMs = 0
+    for (const use of await Promise.all(pids.map(cpuUse))) {
+      cpuPercent += use?.cpu ?? 0
+      cpuMs += use?.ctime ?? 0
+    }
+    if (this.#state === 'ended') throw this.#gone('measure it')
+    const since = this.#forkedAt?.getTime() ?? this.#parkedSince
+    return {
+      pid: this.pid,
+      generation: this.generation,
+      state: this.#state,
+      ...memory,
+      cpuPercent,
+      cpuSeconds: cpuMs / 1000,
+      elapsedMs: Date.now() - since,
+    }
+  }
+
+  /**
+   * Continues a parked child.
+   * @internal
+   * @throws CHILD_GONE where it has ended
+   */
+  resume(): void {
+    if (this.#state === 'ended') throw this.#gone('continue it')
+    if (this.#state === 'running') return
+    this.#process.resume()
+    // A signal to a process that has ended but was not reaped yet succeeds: look.
+    if (process.platform === 'linux' && !isAlive(this.pid)) throw this.#gone('continue it')
+    this.#run()
+  }
+
+  /** Called where somebody else continues it while it is parked. @internal */
+  set onStrayResume(listener: () => void) {
+    this.#process.onStrayResume = listener
+  }
+
+  #run(): void {
+    this.#state = 'running'
+    this.#forkedAt = new Date()
+    this.#markReady()
+    this.emit('running')
+  }
+
+  /** Whether it has descriptors open that nobody asked for. @internal */
+  get holdsDescriptors(): boolean {
+    return this.#fds.some((fd) => fd !== undefined)
+  }
+
+  /** Lets go of its streams, for a supervisor that stops and leaves it running. @internal */
+  release(): void {
+    for (const stream of [this.#stdin, this.#stdout, this.#stderr]) (stream as Partial<Socket> | undefined)?.unref?.()
+  }
+
+  /** Closes what is left of its streams. @internal */
+  close(): void {
+    this.#fds.forEach((fd, i) => {
+      if (fd !== undefined) closeSync(fd)
+      this.#fds[i] = undefined
+    })
+    this.#stdin?.destroy()
+    this.#stdout?.destroy()
+    this.#stderr?.destroy()
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.end()
+    this.close()
+  }
+
+  #endable(): Endable {
+    return { pid: this.pid, exited: this.exit, kill: (signal) => this.kill(signal) }
+  }
+
+  #requirePipes(name: string): void {
+    if (this.#hasPipes) return
+    throw new WarmforkError('BAD_OPTION', {
+      tried: `open ${name} of child ${this.pid}`,
+      happened: 'it was forked with descriptors of the caller and has no pipes',
+      remedy: "Fork with `stdio: 'pipe'`, or use your own ends of the descriptors.",
+    })
+  }
+
+  #open(which: 1 | 2): Readable {
+    const fd = this.#fds[which]
+    this.#fds[which] = undefined
+    if (fd === undefined) {
+      const left = Readable.from(this.#left[which], { objectMode: false })
+      this.#left[which] = []
+      return left
+    }
+    const socket = new Socket({ fd, readable: true, writable: false })
+    // Others can hold the other end after the child has ended: that is no reason to keep the program alive.
+    if (this.#state === 'ended') socket.unref()
+    if (this.#left[which].length > 0) socket.unshift(Buffer.concat(this.#left[which]))
+    this.#left[which] = []
+    return socket
+  }
+
+  #ended(status: ExitStatus): ExitStatus {
+    this.#state = 'ended'
+    this.#exitStatus = status
+    this.#markGone(this.#gone('wait for it to run'))
+    if (this.#fds[0] !== undefined) closeSync(this.#fds[0])
+    this.#fds[0] = undefined
+    this.#stdin?.destroy()
+    this.#readLeft(1)
+    this.#readLeft(2)
+    for (const stream of [this.#stdout, this.#stderr]) (stream as Partial<Socket> | undefined)?.unref?.()
+    this.emit('exit', status)
+    return status
+  }
+
+  /**
+   * Reads at once what an ended child has left in a pipe that nobody has opened, so that the descriptor can be closed: a loop
+   * over many forks that ignores their output must not run out of descriptors. Where others hold the pipe still, it stays open.
+   */
+  #readLeft(which: 1 | 2): void {
+    const fd = this.#fds[which]
+    if (fd === undefined) return
+    let own: number | undefined
+    try {
+      // A description of its own for the same pipe, which does not block whatever the first one does.
+      own = openSync(`/proc/self/fd/${fd}`, constants.O_RDONLY | constants.O_NONBLOCK)
+      for (let size = 0; size < PIPE_BYTES; ) {
+        const buffer = Buffer.allocUnsafe(64 * 1024)
+        const length = readSync(own, buffer)
+        if (length === 0) {
+          closeSync(fd)
+          this.#fds[which] = undefined
+          return
+        }
+        size += length
+        this.#left[which].push(buffer.subarray(0, length))
+      }
+    } catch {
+      // EAGAIN: somebody else has it open and may write yet.
+    } finally {
+      if (own !== undefined) closeSync(own)
+    }
+  }
+
+  #gone(tried: string): WarmforkError {
+    return new WarmforkError('CHILD_GONE', { tried: `${tried} (child ${this.pid})`, happened: 'it has ended' })
+  }
+}
+
+/** A stream whose `error` nobody has to listen to: a program that ended no longer reads its stdin, which is no reason to crash. */
+function quiet(stream: Writable): Writable {
+  return stream.on('error', () => {})
+}
+
+function closedWritable(): Writable {
+  const stream = new Writable({ write: (_chunk, _encoding, done) => done() })
+  stream.destroy()
+  return stream
+}
+
+function lineText(line: Buffer): string {
+  return (line.at(-1) === 13 ? line.subarray(0, -1) : line).toString('utf8')
+}
+
+/** CPU use by pidusage; undefined where the process is gone. */
+async function cpuUse(pid: number): Promise<pidusage.Status | undefined> {
+  try {
+    return await pidusage(pid, { maxage: CPU_MEMORY_MS })
+  } catch {
+    return undefined
+  }
+}

@@ -1,0 +1,41 @@
+/** The public API: re-exports only. */
+export type { Child, ChildEvents, ChildState, ChildStats, EndOptions } from './child.js'
+export type { EngineName, GenerationInfo, MemoryMode } from './engines/engine.js'
+export { ERROR_CODES, type ErrorCode, type ErrorDetails, WarmforkError } from './errors.js'
+export type { ExitStatus } from './linux/reaper.js'
+export type {
+  CrashOptions,
+  LogLevel,
+  PoolOptions,
+  ReadyByDelay,
+  ReadyByFile,
+  ReadyByFunction,
+  ReadyByHttp,
+  ReadyByIdleness,
+  ReadyByOutput,
+  ReadyByPort,
+  ReadyFunction,
+  ReadyOption,
+  StdioOption,
+  SupervisorOptions,
+  TemplateOptions,
+  TemplateView,
+  WarmupByCommand,
+  WarmupByFunction,
+  WarmupByHttp,
+  WarmupFunction,
+  WarmupOption,
+} from './options.js'
+export type { PoolState } from './pool.js'
+export {
+  type ForkRequest,
+  type StartOptions,
+  type StartPhase,
+  type StopOptions,
+  Supervisor,
+  type SupervisorEvents,
+  type SupervisorState,
+  type SupervisorStats,
+  type TemplateState,
+  type Warning,
+} from './supervisor.js'

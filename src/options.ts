@@ -1,0 +1,651 @@
+/**
+ * What a supervisor can be told, its defaults, and the check of it. The types carry the documentation; the schema holds
+ * what comes from configuration files and plain JavaScript to the same rules. This file starts nothing and reads no disk.
+ */
+import { createHash } from 'node:crypto'
+import { homedir, tmpdir } from 'node:os'
+import { basename, extname, isAbsolute, join, resolve } from 'node:path'
+import type { Logger } from 'pino'
+import { z } from 'zod'
+import type { MemoryMode } from './engines/engine.js'
+import { WarmforkError } from './errors.js'
+
+/** What a condition or a warm-up of the embedder's sees of the template. */
+export interface TemplateView {
+  /** Process id of the command that was started. */
+  readonly pid: number
+  /** The last 64 KiB of what it wrote to stdout and stderr, in the order in which it was read. */
+  readonly output: string
+  /** Aborted when the template ends, the time-out passes or the supervisor stops. */
+  readonly signal: AbortSignal
+}
+
+interface Timed {
+  /**
+   * How long it may take, in milliseconds. Exceeding it is TEMPLATE_NOT_READY.
+   * @default `template.bootTimeoutMs`
+   */
+  timeoutMs?: number
+}
+
+/** Ready when a line of the output matches. */
+export interface ReadyByOutput extends Timed {
+  /** A regular expression, or a text that the line contains. */
+  output: RegExp | string
+  /** @default 'both' */
+  stream?: 'stdout' | 'stderr' | 'both'
+}
+
+/** Ready when a TCP port accepts a connection. */
+export interface ReadyByPort extends Timed {
+  port: number
+  /** @default '127.0.0.1' */
+  host?: string
+}
+
+/** Ready when a GET of the URL is answered with a status from 200 to 299. */
+export interface ReadyByHttp extends Timed {
+  http: string
+}
+
+/** Ready when the file exists. A file that exists before the start would say nothing: then its time of change has to be newer. */
+export interface ReadyByFile extends Timed {
+  /** Relative to the command's `cwd`. */
+  file: string
+}
+
+/** Ready after a time, in milliseconds. Give another condition where there is one: boots differ. */
+export interface ReadyByDelay extends Timed {
+  delayMs: number
+}
+
+/**
+ * Ready when neither output nor (on Linux) notable CPU use of its processes was seen for this time, in milliseconds. A program
+ * that waits for something outside, a database for example, looks idle too.
+ */
+export interface ReadyByIdleness extends Timed {
+  idleMs: number
+}
+
+/** Called again each 50 ms until it gives something else than `false`. A rejection is TEMPLATE_NOT_READY with it as `cause`. */
+// biome-ignore lint/suspicious/noConfusingVoidType: a condition that resolves without a value is met.
+export type ReadyFunction = (template: TemplateView) => boolean | void | Promise<boolean | void>
+
+/** Ready when the function says so. */
+export interface ReadyByFunction extends Timed {
+  check: ReadyFunction
+}
+
+export type ReadyOption =
+  | ReadyByOutput
+  | ReadyByPort
+  | ReadyByHttp
+  | ReadyByFile
+  | ReadyByDelay
+  | ReadyByIdleness
+  | ReadyByFunction
+  | ReadyFunction
+
+interface TimedWarmup {
+  /**
+   * How long the warm-up may take, in milliseconds. Exceeding it is WARMUP_FAILED.
+   * @default 60_000
+   */
+  timeoutMs?: number
+}
+
+/** A command that is run when the template is ready; a status other than 0 is WARMUP_FAILED. */
+export interface WarmupByCommand extends TimedWarmup {
+  /** Run in the template's `cwd` with its environment and `WARMFORK_TEMPLATE_PID`. */
+  command: readonly [string, ...string[]]
+}
+
+/** GET requests. An answer with status 400 or above, or none, is WARMUP_FAILED. All connections are closed afterwards. */
+export interface WarmupByHttp extends TimedWarmup {
+  http: string | readonly string[]
+  /**
+   * How often each URL is asked for.
+   * @default 10
+   */
+  times?: number
+  /**
+   * How many requests are under way at once.
+   * @default 2
+   */
+  concurrency?: number
+}
+
+export type WarmupFunction = (template: TemplateView) => unknown
+
+/** A function of the embedder's; its rejection is WARMUP_FAILED. */
+export interface WarmupByFunction extends TimedWarmup {
+  run: WarmupFunction
+}
+
+export type WarmupOption = WarmupByCommand | WarmupByHttp | WarmupByFunction | WarmupFunction
+
+export interface TemplateOptions {
+  /**
+   * Whether the template goes on after the checkpoint, or is ended then.
+   * @default 'continue'
+   */
+  afterCheckpoint?: 'continue' | 'end'
+  /**
+   * From the start of the command to its readiness, in milliseconds.
+   * @default 60_000
+   */
+  bootTimeoutMs?: number
+  /**
+   * How long the checkpoint waits for the template to have nothing in hand, in milliseconds. Exceeding it is NOT_AT_REST.
+   * @default 10_000
+   */
+  restTimeoutMs?: number
+  /**
+   * From SIGTERM to SIGKILL, in milliseconds.
+   * @default 5_000
+   */
+  stopTimeoutMs?: number
+}
+
+export interface PoolOptions {
+  /**
+   * How many children are kept parked. 0: each fork is made when it is asked for.
+   * @default 1
+   */
+  size?: number
+  /**
+   * A child that was parked for longer is replaced, since its monotonic clock jumps by that time when it is continued. In milliseconds.
+   * @default 60_000
+   */
+  maxParkedMs?: number
+  /**
+   * How many children are made at once to refill the pool.
+   * @default 2
+   */
+  refillConcurrency?: number
+}
+
+/**
+ * When to stop forking because children crash (SIGSEGV, SIGBUS, SIGILL, SIGABRT, SIGFPE) right after their fork. All children share
+ * one address layout, as after `fork(2)`: whoever can crash them one by one can guess it byte by byte, unless forks become slow.
+ */
+export interface CrashOptions {
+  /**
+   * A crash counts where the child ran for less than this, in milliseconds.
+   * @default 1_000
+   */
+  soonMs?: number
+  /**
+   * From this many crashes in a row on, forks are delayed: by 100 ms, and 1.5 times more at each further crash, up to 15 s.
+   * @default 5
+   */
+  delayAfter?: number
+  /**
+   * From this many crashes in a row on, `fork()` gives CRASH_LOOP. 16 is PM2's `max_restarts`.
+   * @default 16
+   */
+  giveUpAfter?: number
+}
+
+/** What a child's 0, 1 and 2 are: pipes of its own, the supervisor's own descriptors, or the caller's. */
+export type StdioOption = 'pipe' | 'inherit' | readonly [stdin: number, stdout: number, stderr: number]
+
+export type LogLevel = 'fatal' | 'error' | 'warn' | 'info' | 'debug' | 'trace' | 'silent'
+
+export interface SupervisorOptions {
+  /** The program and its arguments, given to it byte for byte: no shell. */
+  command: readonly [string, ...string[]]
+  /**
+   * Where the command is started.
+   * @default `process.cwd()`
+   */
+  cwd?: string
+  /**
+   * Environment of the template, and so of all its children. `undefined` values are left out.
+   * @default `process.env`
+   */
+  env?: Readonly<Record<string, string | undefined>>
+  /**
+   * Names the supervisor, its part of the store and its control socket. Letters, digits, `.`, `_` and `-`, at most 64.
+   * @default The last parts of `cwd` and command with a short hash of both, `shop-server-1f0c9a`
+   */
+  name?: string
+  /**
+   * The directory of the generations; it must be on a file system that allows `exec`.
+   * @default `/var/lib/warmfork` for root, else `$XDG_DATA_HOME/warmfork` or `~/.local/share/warmfork`
+   */
+  store?: string
+  /**
+   * The directory of sockets and of what lives no longer than the supervisor.
+   * @default `/run/warmfork` for root, else `$XDG_RUNTIME_DIR/warmfork` or `warmfork-UID` in the temporary directory
+   */
+  runtimeDirectory?: string
+  /**
+   * `criu` forks by restoring, `spawn` starts the command anew for each fork. `auto` takes criu where it can work, else spawn, with a warning.
+   * @default 'auto'
+   */
+  engine?: 'auto' | 'criu' | 'spawn'
+  /**
+   * How children get their memory: `cow` shares it copy-on-write, `copy` copies it. `auto` copies where sharing would not be safe.
+   * @default 'auto'
+   */
+  memory?: MemoryMode | 'auto'
+  /**
+   * When the template is ready.
+   * @default `{ idleMs: 1000 }`
+   */
+  ready?: ReadyOption
+  /** What is done with the ready template before the checkpoint, so that children start warm. */
+  warmup?: WarmupOption
+  template?: TemplateOptions
+  pool?: PoolOptions
+  crashes?: CrashOptions
+  /** Name or number of the user that the template and its children run as; only root can ask for it. */
+  user?: string | number
+  /**
+   * Name or number of the group.
+   * @default The group of `user`
+   */
+  group?: string | number
+  /**
+   * Environment keys that a generation depends on: with another value of one of them it is not used again.
+   * @default []
+   */
+  declaredEnv?: readonly string[]
+  /**
+   * What becomes of running children when the supervisor goes, whether by `stop()` or by `kill -9`.
+   * @default 'end'
+   */
+  orphans?: 'end' | 'leave'
+  /**
+   * What `fork()` uses where it is not told.
+   * @default 'pipe'
+   */
+  stdio?: StdioOption
+  /**
+   * A pino logger, or the level of one that writes to stderr.
+   * @default 'silent'
+   */
+  log?: Logger | LogLevel
+  /**
+   * How long a checkpoint may take, in milliseconds.
+   * @default 120_000
+   */
+  checkpointTimeoutMs?: number
+  /**
+   * How long a restore may take, in milliseconds. The spawn engine boots for each fork, and has `template.bootTimeoutMs` for it.
+   * @default 10_000
+   */
+  forkTimeoutMs?: number
+}
+
+/** All kinds of readiness in one form. */
+export type Readiness = { timeoutMs: number } & (
+  | { kind: 'output'; output: RegExp | string; stream: 'stdout' | 'stderr' | 'both' }
+  | { kind: 'port'; port: number; host: string }
+  | { kind: 'http'; url: string }
+  | { kind: 'file'; path: string }
+  | { kind: 'delay'; delayMs: number }
+  | { kind: 'idle'; idleMs: number }
+  | { kind: 'function'; check: ReadyFunction }
+)
+
+/** All kinds of warm-up in one form. */
+export type Warmup = { timeoutMs: number } & (
+  | { kind: 'command'; command: readonly [string, ...string[]] }
+  | { kind: 'http'; urls: readonly string[]; times: number; concurrency: number }
+  | { kind: 'function'; run: WarmupFunction }
+)
+
+/** The options with every default filled in. */
+export interface ResolvedOptions {
+  readonly command: readonly [string, ...string[]]
+  /** Absolute. */
+  readonly cwd: string
+  readonly env: Readonly<Record<string, string>>
+  readonly name: string
+  readonly store: string
+  readonly runtimeDirectory: string
+  readonly engine: 'auto' | 'criu' | 'spawn'
+  readonly memory: MemoryMode | 'auto'
+  readonly ready: Readiness
+  readonly warmup: Warmup | undefined
+  readonly template: Readonly<Required<TemplateOptions>>
+  readonly pool: Readonly<Required<PoolOptions>>
+  readonly crashes: Readonly<Required<CrashOptions>>
+  readonly user: string | number | undefined
+  readonly group: string | number | undefined
+  readonly declaredEnv: readonly string[]
+  readonly orphans: 'end' | 'leave'
+  readonly stdio: StdioOption
+  readonly log: Logger | LogLevel
+  readonly checkpointTimeoutMs: number
+  readonly forkTimeoutMs: number
+}
+
+const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'] as const
+/** Longest delay of a Node timer: a longer one would fire at once. */
+const MAX_MS = 2 ** 31 - 1
+
+// Each schema's `error` is the phrase after "Expected `x` ".
+const ms = z
+  .number({ error: 'to be a time in milliseconds' })
+  .min(0, 'to be 0 or more milliseconds')
+  .max(MAX_MS, `to be at most ${MAX_MS} ms`)
+const positiveMs = ms.gt(0, 'to be more than 0 milliseconds')
+const count = (least: number) => {
+  const words = `to be a whole number, ${least} or more`
+  return z.number({ error: words }).int(words).min(least, words)
+}
+const noNul = (text: string) => !text.includes('\0')
+const text = z.string({ error: 'to be a string' }).refine(noNul, 'to be a string without NUL')
+const filledText = text.min(1, 'not to be empty')
+const argv = z
+  .tuple([filledText], text, { error: 'to be a non-empty array of strings, the program first' })
+  .readonly() as unknown as z.ZodType<readonly [string, ...string[]]>
+const httpUrl = filledText.refine((url) => /^https?:\/\//.test(url) && URL.canParse(url), 'to be an http or https URL')
+const isFunction = (value: unknown): value is (...args: never[]) => unknown => typeof value === 'function'
+const port = count(1).max(65_535, 'to be a port, 1 to 65535')
+const id = z.union([filledText, count(0)], { error: 'to be a name or a number' })
+const oneOf = <const T extends readonly [string, ...string[]]>(values: T) =>
+  z.enum(values, { error: `to be one of ${values.map((value) => `'${value}'`).join(', ')}` })
+const group = <T extends z.ZodRawShape>(shape: T) => z.strictObject(shape, { error: 'to be an object' })
+const isLogger = (value: unknown): value is Logger =>
+  typeof value === 'object' &&
+  value !== null &&
+  LOG_LEVELS.every((level) => isFunction((value as Record<string, unknown>)[level]))
+
+const timeoutMs = positiveMs.optional()
+const READY_KINDS = {
+  output: group({
+    output: z.union([z.instanceof(RegExp), filledText], { error: 'to be a regular expression or a string' }),
+    stream: oneOf(['stdout', 'stderr', 'both']).optional(),
+    timeoutMs,
+  }),
+  port: group({ port, host: filledText.optional(), timeoutMs }),
+  http: group({ http: httpUrl, timeoutMs }),
+  file: group({ file: filledText, timeoutMs }),
+  delayMs: group({ delayMs: ms, timeoutMs }),
+  idleMs: group({ idleMs: positiveMs, timeoutMs }),
+  check: group({ check: z.custom<ReadyFunction>(isFunction, 'to be a function'), timeoutMs }),
+}
+const WARMUP_KINDS = {
+  command: group({ command: argv, timeoutMs }),
+  http: group({
+    http: z.union([httpUrl, z.array(httpUrl).min(1)], { error: 'to be an http or https URL, or an array of such' }),
+    times: count(1).optional(),
+    concurrency: count(1).optional(),
+    timeoutMs,
+  }),
+  run: group({ run: z.custom<WarmupFunction>(isFunction, 'to be a function'), timeoutMs }),
+}
+
+/** An object that is told by which of the kinds' keys it has; so that the error speaks of that kind alone, not of all in a union. */
+function byKey(kinds: Record<string, z.ZodType>) {
+  const keys = Object.keys(kinds)
+  const words = `to be a function or an object with one of ${keys.map((key) => `\`${key}\``).join(', ')}`
+  return z.unknown().superRefine((value, context) => {
+    if (isFunction(value)) return
+    const found = typeof value === 'object' && value !== null ? keys.filter((key) => key in value) : []
+    const kind = found.length === 1 ? kinds[found[0]!] : undefined
+    if (!kind) {
+      context.addIssue({ code: 'custom', message: words })
+      return
+    }
+    for (const issue of kind.safeParse(value).error?.issues ?? []) context.addIssue({ ...issue } as never)
+  })
+}
+
+const schema = z.strictObject(
+  {
+    command: argv,
+    cwd: filledText.optional(),
+    env: z
+      .record(
+        filledText.refine((key) => !key.includes('='), 'to be a name without `=`'),
+        text.optional(),
+        { error: 'to be an object of strings' },
+      )
+      .optional(),
+    name: filledText
+      .regex(/^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/, 'to be letters, digits, `.`, `_` and `-`, at most 64')
+      .optional(),
+    store: filledText.optional(),
+    runtimeDirectory: filledText.optional(),
+    engine: oneOf(['auto', 'criu', 'spawn']).optional(),
+    memory: oneOf(['auto', 'cow', 'copy']).optional(),
+    ready: byKey(READY_KINDS).optional(),
+    warmup: byKey(WARMUP_KINDS).optional(),
+    template: group({
+      afterCheckpoint: oneOf(['continue', 'end']).optional(),
+      bootTimeoutMs: positiveMs.optional(),
+      restTimeoutMs: ms.optional(),
+      stopTimeoutMs: ms.optional(),
+    }).optional(),
+    pool: group({
+      size: count(0).optional(),
+      maxParkedMs: positiveMs.optional(),
+      refillConcurrency: count(1).optional(),
+    }).optional(),
+    crashes: group({
+      soonMs: ms.optional(),
+      delayAfter: count(1).optional(),
+      giveUpAfter: count(1).optional(),
+    }).optional(),
+    user: id.optional(),
+    group: id.optional(),
+    declaredEnv: z.array(filledText, { error: 'to be an array of strings' }).optional(),
+    orphans: oneOf(['end', 'leave']).optional(),
+    stdio: z
+      .union([oneOf(['pipe', 'inherit']), z.tuple([count(0), count(0), count(0)])], {
+        error: "to be 'pipe', 'inherit' or three descriptors",
+      })
+      .optional(),
+    log: z
+      .custom<Logger | LogLevel>(
+        (value) => LOG_LEVELS.includes(value as LogLevel) || isLogger(value),
+        'to be a pino logger or a level',
+      )
+      .optional(),
+    checkpointTimeoutMs: positiveMs.optional(),
+    forkTimeoutMs: positiveMs.optional(),
+  },
+  { error: 'to be an object' },
+)
+
+/** Every key that an option object can have, by the path of that object; for the suggestion at an unknown one. */
+const KEYS: Record<string, string[]> = {
+  '': Object.keys(schema.shape),
+  template: ['afterCheckpoint', 'bootTimeoutMs', 'restTimeoutMs', 'stopTimeoutMs'],
+  pool: ['size', 'maxParkedMs', 'refillConcurrency'],
+  crashes: ['soonMs', 'delayAfter', 'giveUpAfter'],
+  ready: [...new Set(Object.values(READY_KINDS).flatMap((kind) => Object.keys(kind.shape)))],
+  warmup: [...new Set(Object.values(WARMUP_KINDS).flatMap((kind) => Object.keys(kind.shape)))],
+}
+
+/** How many characters must be put in, taken out or changed to get from one word to the other (Levenshtein). */
+function distance(from: string, to: string): number {
+  let row = Array.from({ length: to.length + 1 }, (_, i) => i)
+  for (let i = 1; i <= from.length; i++) {
+    const next = [i]
+    for (let j = 1; j <= to.length; j++) {
+      next[j] = Math.min(next[j - 1]! + 1, row[j]! + 1, row[j - 1]! + (from[i - 1] === to[j - 1] ? 0 : 1))
+    }
+    row = next
+  }
+  return row[to.length]!
+}
+
+/** The known key that looks most like the given one, or undefined where none is near. */
+function nearestKey(key: string, known: readonly string[]): string | undefined {
+  const [best] = known
+    .map((candidate) => ({ candidate, edits: distance(key.toLowerCase(), candidate.toLowerCase()) }))
+    .sort((a, b) => a.edits - b.edits)
+  return best && best.edits <= Math.max(2, Math.floor(key.length / 3)) ? best.candidate : undefined
+}
+
+/** A value as it stands in a message: short, and with its type. */
+function shown(value: unknown): string {
+  const type = value === null ? 'null' : Array.isArray(value) ? 'array' : typeof value
+  let words: string
+  try {
+    words =
+      typeof value === 'string'
+        ? value
+        : value instanceof RegExp
+          ? String(value)
+          : (JSON.stringify(value) ?? String(value))
+  } catch {
+    words = String(value)
+  }
+  if (words.length > 60) words = `${words.slice(0, 57)}…`
+  return `\`${words}\` (${type})`
+}
+
+function valueAt(root: unknown, path: readonly PropertyKey[]): unknown {
+  return path.reduce<unknown>((value, key) => (value as Record<PropertyKey, unknown> | undefined)?.[key], root)
+}
+
+function pathName(path: readonly PropertyKey[]): string {
+  return (
+    path.map((key, i) => (typeof key === 'number' ? `[${key}]` : i === 0 ? String(key) : `.${String(key)}`)).join('') ||
+    'options'
+  )
+}
+
+/** An error in the one style of bad arguments: ``Expected `pool.size` to be …, got `-1` (number)``. */
+export function badOption(path: string, expected: string, value: unknown, remedy?: string): WarmforkError {
+  return new WarmforkError('BAD_OPTION', {
+    tried: 'use the options',
+    happened: `Expected \`${path}\` ${expected}, got ${shown(value)}`,
+    ...(remedy === undefined ? {} : { remedy }),
+  })
+}
+
+function firstError(input: unknown, issue: z.core.$ZodIssue): WarmforkError {
+  if (issue.code === 'unrecognized_keys') {
+    const key = issue.keys[0]!
+    const path = [...issue.path, key]
+    const parent = pathName(issue.path)
+    const nearest = nearestKey(key, KEYS[issue.path.length === 0 ? '' : parent] ?? [])
+    const remedy = nearest === undefined ? 'Remove it.' : `Did you mean \`${pathName([...issue.path, nearest])}\`?`
+    return badOption(pathName(path), 'not to be there, since there is no such option', valueAt(input, path), remedy)
+  }
+  return badOption(pathName(issue.path), issue.message, valueAt(input, issue.path))
+}
+
+/**
+ * Checks the options and fills in the defaults.
+ * @throws BAD_OPTION that names the first wrong option
+ */
+export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
+  const parsed = schema.safeParse(input)
+  if (!parsed.success) throw firstError(input, parsed.error.issues[0]!)
+  const cwd = resolve(input.cwd ?? process.cwd())
+  const template = {
+    afterCheckpoint: input.template?.afterCheckpoint ?? 'continue',
+    bootTimeoutMs: input.template?.bootTimeoutMs ?? 60_000,
+    restTimeoutMs: input.template?.restTimeoutMs ?? 10_000,
+    stopTimeoutMs: input.template?.stopTimeoutMs ?? 5_000,
+  }
+  const crashes = {
+    soonMs: input.crashes?.soonMs ?? 1_000,
+    delayAfter: input.crashes?.delayAfter ?? 5,
+    giveUpAfter: input.crashes?.giveUpAfter ?? Math.max(16, input.crashes?.delayAfter ?? 0),
+  }
+  if (crashes.giveUpAfter < crashes.delayAfter) {
+    throw badOption('crashes.giveUpAfter', 'to be `crashes.delayAfter` or more', crashes.giveUpAfter)
+  }
+  return {
+    command: [...input.command],
+    cwd,
+    env: withoutUndefined(input.env ?? process.env),
+    name: input.name ?? defaultName(input.command, cwd),
+    store: resolve(input.store ?? defaultStore()),
+    runtimeDirectory: resolve(input.runtimeDirectory ?? defaultRuntimeDirectory()),
+    engine: input.engine ?? 'auto',
+    memory: input.memory ?? 'auto',
+    ready: readiness(input.ready ?? { idleMs: 1_000 }, cwd, template.bootTimeoutMs),
+    warmup: input.warmup === undefined ? undefined : warmup(input.warmup),
+    template,
+    pool: {
+      size: input.pool?.size ?? 1,
+      maxParkedMs: input.pool?.maxParkedMs ?? 60_000,
+      refillConcurrency: input.pool?.refillConcurrency ?? 2,
+    },
+    crashes,
+    user: input.user,
+    group: input.group,
+    declaredEnv: [...(input.declaredEnv ?? [])],
+    orphans: input.orphans ?? 'end',
+    stdio: input.stdio ?? 'pipe',
+    log: input.log ?? 'silent',
+    checkpointTimeoutMs: input.checkpointTimeoutMs ?? 120_000,
+    forkTimeoutMs: input.forkTimeoutMs ?? 10_000,
+  }
+}
+
+function withoutUndefined(env: Readonly<Record<string, string | undefined>>): Record<string, string> {
+  return Object.fromEntries(Object.entries(env).filter((entry): entry is [string, string] => entry[1] !== undefined))
+}
+
+function readiness(option: ReadyOption, cwd: string, bootTimeoutMs: number): Readiness {
+  if (typeof option === 'function') return { kind: 'function', check: option, timeoutMs: bootTimeoutMs }
+  const timeoutMs = option.timeoutMs ?? bootTimeoutMs
+  if ('output' in option) return { kind: 'output', output: option.output, stream: option.stream ?? 'both', timeoutMs }
+  if ('port' in option) return { kind: 'port', port: option.port, host: option.host ?? '127.0.0.1', timeoutMs }
+  if ('http' in option) return { kind: 'http', url: option.http, timeoutMs }
+  if ('file' in option) return { kind: 'file', path: resolve(cwd, option.file), timeoutMs }
+  if ('delayMs' in option)
+    return { kind: 'delay', delayMs: option.delayMs, timeoutMs: Math.max(timeoutMs, option.delayMs + 1) }
+  if ('idleMs' in option) return { kind: 'idle', idleMs: option.idleMs, timeoutMs }
+  return { kind: 'function', check: option.check, timeoutMs }
+}
+
+function warmup(option: WarmupOption): Warmup {
+  if (typeof option === 'function') return { kind: 'function', run: option, timeoutMs: 60_000 }
+  const timeoutMs = option.timeoutMs ?? 60_000
+  if ('command' in option) return { kind: 'command', command: [...option.command], timeoutMs }
+  if ('http' in option) {
+    const urls = typeof option.http === 'string' ? [option.http] : [...option.http]
+    return { kind: 'http', urls, times: option.times ?? 10, concurrency: option.concurrency ?? 2, timeoutMs }
+  }
+  return { kind: 'function', run: option.run, timeoutMs }
+}
+
+/**
+ * The name of a supervisor that was given none: readable, and different for another command or directory.
+ * `shop-server-1f0c9a` for `node server.js` in `/srv/shop`.
+ */
+export function defaultName(command: readonly [string, ...string[]], cwd: string): string {
+  // The first argument that is no option: `server.js` of `node --enable-source-maps server.js`.
+  const script = command.slice(1).find((part) => !part.startsWith('-') && /^[\w./@+-]+$/.test(part))
+  const word = (path: string) =>
+    basename(path, extname(path))
+      .replace(/[^A-Za-z0-9_-]+/g, '-')
+      .replace(/^-+|-+$/g, '')
+  const hash = createHash('sha256')
+    .update(JSON.stringify([command, cwd]))
+    .digest('hex')
+    .slice(0, 6)
+  const words = [word(cwd), word(script ?? command[0])].filter(Boolean).map((part) => part.slice(0, 28))
+  return [...words, hash].join('-').replace(/^[^A-Za-z0-9]+/, '')
+}
+
+const isRoot = () => process.getuid?.() === 0
+
+/** See `SupervisorOptions.store`. */
+export function defaultStore(): string {
+  const data = process.env.XDG_DATA_HOME
+  if (isRoot()) return '/var/lib/warmfork'
+  return join(data && isAbsolute(data) ? data : join(homedir(), '.local/share'), 'warmfork')
+}
+
+/** See `SupervisorOptions.runtimeDirectory`. */
+export function defaultRuntimeDirectory(): string {
+  const runtime = process.env.XDG_RUNTIME_DIR
+  if (isRoot()) return '/run/warmfork'
+  return runtime && isAbsolute(runtime)
+    ? join(runtime, 'warmfork')
+    : join(tmpdir(), `warmfork-${process.getuid?.() ?? 0}`)
+}
