@@ -54,7 +54,9 @@ class SignalReaper implements Reaper {
       else if (result.kind === 'continued') child.continued?.()
       else {
         this.unwatch(pid)
-        child.exited(result.kind === 'exited' ? { code: result.code, signal: result.signal } : { code: null, signal: null })
+        child.exited(
+          result.kind === 'exited' ? { code: result.code, signal: result.signal } : { code: null, signal: null },
+        )
         return
       }
     }

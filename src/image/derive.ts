@@ -1,0 +1,205 @@
+/**
+ * Derive: the small edits made for each fork. A prepared image is loaded once; for given fresh ids it yields the few
+ * files that differ and the names under which the rest is linked, so that a fork's own directory is a handful of links.
+ */
+import { mkdirSync, readdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { AddressSpace } from './address-space.js'
+import { setDeathSignal } from './edits/death-signal.js'
+import {
+  filesWithIds,
+  findIdPlaces,
+  type IdPlace,
+  idsOf,
+  renamedFile,
+  renamedTree,
+  renameIdsInside,
+} from './edits/identity.js'
+import { corrupt } from './failure.js'
+import { ImageSet } from './image-set.js'
+import { encode } from './message.js'
+import { PAGE, PAGEMAP_PARENT, type PageRun, pagesFile, writePagemap } from './pagemap.js'
+import { PstreeEntry } from './schema.js'
+
+/** Fresh ids for the ids of an image: every process and thread. */
+export type FreshIds = ReadonlyMap<number, number>
+
+export interface DerivedImage {
+  /** Files of its own, by name. */
+  files: Map<string, Uint8Array>
+  /** Name in the derived directory → name in the prepared one. */
+  links: Map<string, string>
+  rootPid: number
+  pids: number[]
+}
+
+/**
+ * Up to this size a process's pages file is written anew for each fork, with its ids in it. A larger one (memory that
+ * is copied) is reached as a parent image instead, and only the pages with ids are written.
+ */
+const REWRITE_MAX_BYTES = 1 << 20
+
+interface ProcessPages {
+  pid: number
+  pagesId: number
+  places: (IdPlace & { offset: number })[]
+  /** The whole pages file, where it is small; else only the pages that hold ids, one after the other. */
+  bytes: Buffer
+  /** Set where the rest is taken from a parent image. */
+  parent?: { runs: PageRun[] }
+}
+
+export class ForkImage {
+  readonly ids: readonly number[]
+  readonly rootPid: number
+  readonly #set: ImageSet
+  readonly #pages: ProcessPages[]
+  readonly #withIds: string[]
+  readonly #otherNames: string[]
+
+  /** Throws IMAGE_TRUNCATED, IMAGE_CORRUPT, IMAGE_VERSION, IMAGE_UNSUPPORTED. `deathSignal`: forks end with their supervisor. */
+  constructor(
+    readonly directory: string,
+    options: { deathSignal: boolean },
+  ) {
+    const set = ImageSet.read(directory)
+    this.#set = set
+    this.ids = idsOf(set)
+    const processes = set.processes()
+    this.rootPid = processes[0]!.pid
+    this.#pages = processes.filter(({ dead }) => !dead).map((process) => loadPages(set, process))
+    if (options.deathSignal) setDeathSignal(set)
+    this.#withIds = filesWithIds(set)
+    const rewritten = new Set(this.#pages.filter(({ parent }) => !parent).map(({ pagesId }) => pagesFile(pagesId)))
+    const partial = new Set(
+      this.#pages
+        .filter(({ parent }) => parent)
+        .flatMap(({ pid, pagesId }) => [pagesFile(pagesId), `pagemap-${pid}.img`]),
+    )
+    this.#otherNames = readdirSync(directory).filter(
+      (name) => name.endsWith('.img') && !rewritten.has(name) && !partial.has(name),
+    )
+  }
+
+  derive(ids: FreshIds): DerivedImage {
+    const set = this.#set
+    const files = new Map<string, Uint8Array>()
+    const links = new Map<string, string>()
+    const changed = this.#withIds.length > 0 ? this.#renamedInside(ids) : set
+    const own = new Set([...set.changed, ...this.#withIds])
+    for (const name of this.#otherNames) {
+      if (name === 'pstree.img') continue
+      if (own.has(name)) files.set(renamedFile(name, ids), changed.bytes(name))
+      else links.set(renamedFile(name, ids), name)
+    }
+    const tree = renamedTree(set, ids)
+    files.set(
+      'pstree.img',
+      framed(
+        set,
+        'pstree.img',
+        tree.map((entry) => encode(PstreeEntry, entry)),
+      ),
+    )
+    for (const pages of this.#pages) this.#addPages(pages, ids, files, links)
+    return { files, links, rootPid: ids.get(this.rootPid)!, pids: tree.map(({ pid }) => pid) }
+  }
+
+  #addPages(
+    { pid, pagesId, places, bytes, parent }: ProcessPages,
+    ids: FreshIds,
+    files: Map<string, Uint8Array>,
+    links: Map<string, string>,
+  ): void {
+    const patched = Buffer.from(bytes)
+    for (const { offset, width, threadId } of places) {
+      if (width === 8) patched.writeBigUInt64LE(BigInt(ids.get(threadId)!), offset)
+      else patched.writeInt32LE(ids.get(threadId)!, offset)
+    }
+    files.set(pagesFile(pagesId), patched)
+    if (!parent) return
+    const pagemap = `pagemap-${pid}.img`
+    const edited = ImageSet.of(this.directory, [[pagemap, this.#set.bytes(pagemap)]], [])
+    writePagemap(edited, pagemap, parent.runs)
+    files.set(renamedFile(pagemap, ids), edited.bytes(pagemap))
+    links.set(`parent/${renamedFile(pagemap, ids)}`, pagemap)
+    links.set(`parent/${pagesFile(pagesId)}`, pagesFile(pagesId))
+  }
+
+  #renamedInside(ids: FreshIds): ImageSet {
+    const copy = ImageSet.of(
+      this.directory,
+      this.#set.names.map((name) => [name, this.#set.bytes(name)] as const),
+      [],
+    )
+    renameIdsInside(copy, this.#withIds, ids)
+    return copy
+  }
+}
+
+function framed(set: ImageSet, name: string, messages: Uint8Array[]): Uint8Array {
+  const copy = ImageSet.of(set.directory, [[name, set.bytes(name)]], [])
+  copy.putMessages(name, messages)
+  return copy.bytes(name)
+}
+
+function loadPages(set: ImageSet, process: ReturnType<ImageSet['processes']>[number]): ProcessPages {
+  const memory = new AddressSpace(set, process.pid)
+  try {
+    const { pid } = process
+    const { pagesId } = memory
+    const found = findIdPlaces(set, process, memory)
+    const path = join(set.directory, pagesFile(pagesId))
+    const located = found.map((place) => {
+      const offset = memory.offsetOf(place.address)
+      if (offset === undefined)
+        throw corrupt(
+          pagesFile(pagesId),
+          `it lacks the page at 0x${place.address.toString(16)}, which holds a thread id`,
+        )
+      return { ...place, offset }
+    })
+    if (statSync(path).size <= REWRITE_MAX_BYTES) return { pid, pagesId, places: located, bytes: readFileSync(path) }
+    return partialPages(memory, pid, pagesId, located)
+  } finally {
+    memory.close()
+  }
+}
+
+/** Only the pages that hold ids; all other runs are marked as the parent image's. */
+function partialPages(
+  memory: AddressSpace,
+  pid: number,
+  pagesId: number,
+  located: (IdPlace & { offset: number })[],
+): ProcessPages {
+  const size = BigInt(PAGE)
+  const own = [...new Set(located.map(({ address }) => address & ~(size - 1n)))].sort((a, b) => (a < b ? -1 : 1))
+  const bytes = Buffer.concat(own.map((page) => memory.read(page, PAGE)!))
+  const runs: PageRun[] = []
+  let next = 0
+  for (const run of memory.runs) {
+    let at = run.start
+    while (next < own.length && own[next]! < run.end) {
+      const page = own[next++]!
+      if (at < page) runs.push({ start: at, end: page, offset: 0, flags: PAGEMAP_PARENT })
+      runs.push({ start: page, end: page + size, offset: 0, flags: run.flags })
+      at = page + size
+    }
+    if (at < run.end) runs.push({ start: at, end: run.end, offset: 0, flags: PAGEMAP_PARENT })
+  }
+  const places = located.map((place) => ({
+    ...place,
+    offset: own.indexOf(place.address & ~(size - 1n)) * PAGE + Number(place.address % size),
+  }))
+  return { pid, pagesId, places, bytes, parent: { runs } }
+}
+
+/** Writes a derived image into a new directory, mode 0700. */
+export function writeDerived(derived: DerivedImage, prepared: string, directory: string): void {
+  mkdirSync(directory, { mode: 0o700 })
+  if ([...derived.links.keys()].some((name) => name.startsWith('parent/')))
+    mkdirSync(join(directory, 'parent'), { mode: 0o700 })
+  for (const [name, bytes] of derived.files) writeFileSync(join(directory, name), bytes, { flag: 'wx', mode: 0o600 })
+  for (const [name, target] of derived.links) symlinkSync(join(prepared, target), join(directory, name))
+}

@@ -1,0 +1,144 @@
+/**
+ * The files of one image, as one value that edits change: everything but raw files (pages), which stay on disk and are
+ * only named. Reading checks every file; nothing is written here.
+ */
+import { readdirSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { WarmforkError } from '../errors.js'
+import { corrupt, truncated } from './failure.js'
+import { buildImageFile, decodeIn, type ImageFile, isRaw, parseImageFile } from './image-file.js'
+import { type Decoded, encode, type Fields, type Message } from './message.js'
+import { CoreEntry, FdinfoEntry, FileEntry, InventoryEntry, MmEntry, PstreeEntry } from './schema.js'
+
+/** Versions of CRIU's image format (inventory) that are known: 1 since CRIU 1.0, 2 since 1.6. */
+const KNOWN_VERSIONS = [1, 2]
+
+export class ImageSet {
+  readonly #files = new Map<string, ImageFile>()
+  readonly #changed = new Set<string>()
+
+  private constructor(
+    /** Where the raw files lie. */
+    readonly directory: string,
+    /** Names of the files that have no framing. */
+    readonly rawNames: readonly string[],
+  ) {}
+
+  /** Throws IMAGE_VERSION, IMAGE_TRUNCATED or IMAGE_CORRUPT. */
+  static read(directory: string): ImageSet {
+    const names = readdirSync(directory)
+      .filter((name) => name.endsWith('.img'))
+      .sort()
+    const set = new ImageSet(directory, names.filter(isRaw))
+    for (const name of names) {
+      if (!isRaw(name)) set.#files.set(name, parseImageFile(name, readFileSync(join(directory, name))))
+    }
+    if (!set.has('inventory.img')) throw truncated('inventory.img', 'the directory holds no such file')
+    const version = set.one('inventory.img', InventoryEntry).imgVersion
+    if (!KNOWN_VERSIONS.includes(version)) {
+      throw new WarmforkError('IMAGE_VERSION', {
+        tried: `read ${directory}`,
+        happened: `its image version is ${version}`,
+      })
+    }
+    return set
+  }
+
+  /** An image as it is kept for forks: framed files only, from memory. */
+  static of(directory: string, files: Iterable<readonly [string, Uint8Array]>, rawNames: readonly string[]): ImageSet {
+    const set = new ImageSet(directory, rawNames)
+    for (const [name, bytes] of files) set.#files.set(name, parseImageFile(name, bytes))
+    return set
+  }
+
+  get names(): string[] {
+    return [...this.#files.keys()]
+  }
+
+  /** Names of the files that an edit has changed or added. */
+  get changed(): string[] {
+    return [...this.#changed]
+  }
+
+  has(name: string): boolean {
+    return this.#files.has(name)
+  }
+
+  file(name: string): ImageFile {
+    const file = this.#files.get(name)
+    if (!file) throw truncated(name, 'the image holds no such file')
+    return file
+  }
+
+  bytes(name: string): Uint8Array {
+    return buildImageFile(this.file(name))
+  }
+
+  all<F extends Fields>(name: string, schema: Message<F>): Decoded<F>[] {
+    return this.file(name).entries.map(({ message }) => decodeIn(name, schema, message))
+  }
+
+  /** The only entry of a file. */
+  one<F extends Fields>(name: string, schema: Message<F>): Decoded<F> {
+    const { entries } = this.file(name)
+    if (entries.length !== 1) throw corrupt(name, `it has ${entries.length} entries where one is expected`)
+    return decodeIn(name, schema, entries[0]!.message)
+  }
+
+  /** Puts new entries into a file that exists; payloads are dropped. */
+  put<F extends Fields>(name: string, schema: Message<F>, values: readonly Decoded<F>[]): void {
+    this.putMessages(
+      name,
+      values.map((value) => encode(schema, value)),
+    )
+  }
+
+  putMessages(name: string, messages: readonly Uint8Array[]): void {
+    const { family, magic } = this.file(name)
+    this.#files.set(name, { family, magic, entries: messages.map((message) => ({ message })) })
+    this.#changed.add(name)
+  }
+
+  delete(name: string): void {
+    this.#files.delete(name)
+    this.#changed.delete(name)
+  }
+
+  /** The processes of the image, the root first. */
+  processes(): Process[] {
+    return this.all('pstree.img', PstreeEntry).map((entry) => ({ ...entry, dead: !this.has(`mm-${entry.pid}.img`) }))
+  }
+
+  core(threadId: number): Decoded<typeof CoreEntry.fields> {
+    return this.one(`core-${threadId}.img`, CoreEntry)
+  }
+
+  putCore(threadId: number, core: Decoded<typeof CoreEntry.fields>): void {
+    this.put(`core-${threadId}.img`, CoreEntry, [core])
+  }
+
+  memory(pid: number): Decoded<typeof MmEntry.fields> {
+    return this.one(`mm-${pid}.img`, MmEntry)
+  }
+
+  files(): Decoded<typeof FileEntry.fields>[] {
+    return this.has('files.img') ? this.all('files.img', FileEntry) : []
+  }
+
+  /** Every open descriptor, with the file of the image that lists it. */
+  descriptors(): { image: string; entry: Decoded<typeof FdinfoEntry.fields> }[] {
+    return this.names
+      .filter((name) => /^fdinfo-\d+\.img$/.test(name))
+      .flatMap((image) => this.all(image, FdinfoEntry).map((entry) => ({ image, entry })))
+  }
+}
+
+export interface Process {
+  pid: number
+  ppid: number
+  pgid: number
+  sid: number
+  threads: number[]
+  /** A zombie: it has an exit status and no memory. */
+  dead: boolean
+}
