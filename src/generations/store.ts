@@ -1,0 +1,496 @@
+/**
+ * The store: one directory for each supervisor's name, and in it the generations, immutable and numbered. It makes them,
+ * finds them and removes them; it knows nothing of what images mean, of restores or of pools.
+ *
+ *     <root>/<name>/lock                      held by the one supervisor of that name
+ *     <root>/<name>/next                      the number that the next generation gets: numbers are never used again
+ *     <root>/<name>/generations/<number>/     manifest.json, image/, page files, files/ (kept ones), leases/
+ *     <root>/<name>/generations/.tmp-…        one in the making; .dead-… one being removed
+ */
+import { randomBytes } from 'node:crypto'
+import { constants, type Dirent, existsSync, lstatSync, readFileSync } from 'node:fs'
+import { chmod, chown, type FileHandle, open, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { errnoOf, WarmforkError } from '../errors.js'
+import { tryLock } from '../linux/libc.js'
+import { isAlive, stat } from '../linux/proc.js'
+import type { Run } from './checksum.js'
+import { checkExec, checkName, checkSafe, defaultRoot, ensureDirectory, storeError, sync } from './directories.js'
+import { Draft } from './draft.js'
+import { Generation } from './generation.js'
+import type { EarlierCopy } from './kept-files.js'
+import { removeDead, surveyLeases } from './lease.js'
+import { encodeManifest, FORMAT_VERSION, type Json, MANIFEST_FILE, type Manifest } from './manifest.js'
+import type { Surroundings } from './surroundings.js'
+
+export interface StoreOptions {
+  /**
+   * Where the stores of all names are.
+   * @default WARMFORK_STORE, else /var/lib/warmfork for root, else ${XDG_STATE_HOME:-~/.local/state}/warmfork
+   */
+  root?: string
+  /** Of the supervisor: a directory's name. */
+  name: string
+  /** `exclusive`: the one supervisor of that name. `read`: anybody else; such a store can prune, but make nothing. */
+  access: 'exclusive' | 'read'
+  /** Id of a group whose members (workers with a user of their own) may enter the directories, not list them, and read files by name. */
+  group?: number
+  /**
+   * How much each generation may copy of the files it maps, where neither reflinks nor hard links work.
+   * @default 536870912
+   */
+  keepCopyMaxBytes?: number
+}
+
+/** What the caller of `create` knows before the generation is filled. */
+export interface NewGeneration {
+  /** The generation whose child it is taken of; null for one of a template. */
+  parent: number | null
+  surroundings: Surroundings
+}
+
+/** What only the filler knows. */
+export interface Filled {
+  memory: 'cow' | 'copy'
+  /** The page files that the filler wrote, by name relative to the draft, with the stretches that hold data. */
+  pageFiles: readonly { name: string; runs: readonly Run[] }[]
+  warnings: readonly string[]
+  /** Of the source, at the checkpoint. */
+  rssBytes: number
+  processes: readonly { pid: number; threads: number; comm: string }[]
+  /** What prepare changed, for `warmfork inspect`. */
+  edits: Json
+  /** What the engine must know again at each fork. */
+  engineData: Json
+  checkpointMs: number
+  prepareMs: number
+}
+
+export interface PruneOptions {
+  /** The newest that stay, whatever else is said. */
+  keep?: number
+  /** Only those that are older. */
+  olderThanMs?: number
+  /** Exactly these; the other two do not count then. */
+  numbers?: readonly number[]
+}
+
+export interface Pruned {
+  removed: number[]
+  /** Those that were to go and had to stay, and why. */
+  kept: { number: number; reason: string }[]
+}
+
+/** A generation that cannot be used. */
+export interface BrokenGeneration {
+  number: number
+  directory: string
+  error: WarmforkError
+}
+
+const NUMBER = /^[1-9]\d{0,14}$/
+const TEMPORARY = /^\.tmp-(\d+)-(\d+)-[0-9a-f]+$/
+const DEAD = /^\.dead-([1-9]\d{0,14})-[0-9a-f]+$/
+const DEFAULT_KEEP_COPY_BYTES = 512 * 1024 * 1024
+
+export class Store {
+  readonly directory: string
+  readonly name: string
+  readonly #generations: string
+  readonly #group: number | undefined
+  readonly #keepCopyMaxBytes: number
+  /** Undefined for a store that is only read. */
+  #lock: FileHandle | undefined
+  /** Of the directory that was opened: a store that was removed and made again by somebody is not ours. */
+  readonly #inode: number | undefined
+  #closed = false
+  readonly #creating = new Set<Promise<unknown>>()
+  #publishing: Promise<unknown> = Promise.resolve()
+
+  private constructor(
+    directory: string,
+    options: StoreOptions,
+    inode: number | undefined,
+    lock: FileHandle | undefined,
+  ) {
+    this.directory = directory
+    this.name = options.name
+    this.#generations = join(directory, 'generations')
+    this.#group = options.group
+    this.#keepCopyMaxBytes = options.keepCopyMaxBytes ?? DEFAULT_KEEP_COPY_BYTES
+    this.#inode = inode
+    this.#lock = lock
+  }
+
+  /**
+   * Opens a supervisor's store. `exclusive` makes it where it is missing, locks it and sweeps what a crash has left; `read` finds
+   * nothing in one that is missing. Throws BAD_OPTION, STORE_LOCKED, STORE_UNSAFE, STORE_NOEXEC, STORE_UNWRITABLE.
+   */
+  static async open(options: StoreOptions): Promise<Store> {
+    checkName(options.name)
+    const root = options.root ?? defaultRoot()
+    const directory = join(root, options.name)
+    if (options.access === 'read') {
+      if (!existsSync(directory)) return new Store(directory, options, undefined, undefined)
+      checkSafe(root)
+      return new Store(directory, options, checkSafe(directory).ino, undefined)
+    }
+    const { group } = options
+    // The root serves names with different groups: anybody may enter it, and only the name's directory asks who.
+    ensureDirectory(root, group === undefined ? 0o700 : 0o711)
+    const { ino } = ensureDirectory(directory, group === undefined ? 0o700 : 0o710, group)
+    const lock = await takeLock(directory).catch((error: unknown) => {
+      throw storeError(error, `lock the store at ${directory}`)
+    })
+    const store = new Store(directory, options, ino, lock)
+    try {
+      ensureDirectory(store.#generations, group === undefined ? 0o700 : 0o710, group)
+      checkExec(store.#generations)
+      await store.#sweep()
+      return store
+    } catch (error) {
+      await store.close()
+      throw storeError(error, `open the store at ${directory}`)
+    }
+  }
+
+  /** The names that have a store below the root, in order. */
+  static async names(root: string = defaultRoot()): Promise<string[]> {
+    const entries = await readdir(root, { withFileTypes: true }).catch(() => [])
+    return entries.flatMap((entry) => (entry.isDirectory() && /^[A-Za-z0-9]/.test(entry.name) ? entry.name : [])).sort()
+  }
+
+  /**
+   * Makes a generation: `fill` fills a temporary directory, which is then sealed, synced and renamed to its number. Whatever fails
+   * leaves nothing of it. Throws what `fill` throws; DISK_FULL, STORE_UNWRITABLE, STORE_GONE, STOPPED.
+   */
+  async create(meta: NewGeneration, fill: (draft: Draft) => Promise<Filled>): Promise<Generation> {
+    const tried = `make a generation in ${this.directory}`
+    if (this.#closed) throw new WarmforkError('STOPPED', { tried, happened: 'the store is closed' })
+    if (!this.#lock) throw new WarmforkError('BAD_OPTION', { tried, happened: 'the store is open for reading only' })
+    const creating = this.#create(meta, fill).catch((error: unknown) => {
+      this.#checkThere(tried, error)
+      throw storeError(error, tried)
+    })
+    const settled = creating.then(
+      () => undefined,
+      () => undefined,
+    )
+    this.#creating.add(settled)
+    void settled.then(() => this.#creating.delete(settled))
+    return creating
+  }
+
+  async #create(meta: NewGeneration, fill: (draft: Draft) => Promise<Filled>): Promise<Generation> {
+    this.#checkThere(`make a generation in ${this.directory}`)
+    const self = stat(process.pid)
+    const temporary = join(
+      this.#generations,
+      `.tmp-${process.pid}-${self?.startTicks ?? 0}-${randomBytes(6).toString('hex')}`,
+    )
+    try {
+      const draft = await Draft.begin(temporary, {
+        maxCopyBytes: this.#keepCopyMaxBytes,
+        earlierCopies: () => this.#earlierCopies(),
+      })
+      const filled = await fill(draft)
+      const before = performance.now()
+      const sealed = await draft.seal(filled.pageFiles, this.#group)
+      const syncMs = Math.round(performance.now() - before)
+      const publish = async () => {
+        const number = await this.#takeNumber()
+        const { checkpointMs, prepareMs, pageFiles: _, ...known } = filled
+        const manifest: Manifest = {
+          formatVersion: FORMAT_VERSION,
+          number,
+          parent: meta.parent,
+          name: this.name,
+          createdAt: new Date().toISOString(),
+          warmforkVersion: warmforkVersion(),
+          surroundings: {
+            ...meta.surroundings,
+            command: [...meta.surroundings.command],
+            declaredEnv: { ...meta.surroundings.declaredEnv },
+          },
+          ...known,
+          warnings: [...filled.warnings],
+          processes: [...filled.processes],
+          mappedFiles: [...draft.mappedFiles],
+          files: sealed.files,
+          sizes: sealed.sizes,
+          times: { checkpointMs, prepareMs, syncMs },
+        }
+        const path = join(temporary, MANIFEST_FILE)
+        await writeFile(path, encodeManifest(manifest), { flag: 'wx', mode: 0o400 })
+        await this.#give(path, 0o440)
+        await sync(path)
+        await this.#give(temporary, 0o710)
+        await sync(temporary)
+        const directory = join(this.#generations, String(number))
+        await rename(temporary, directory)
+        await sync(this.#generations)
+        return this.#open(number)
+      }
+      const published = this.#publishing.then(publish)
+      this.#publishing = published.catch(() => undefined)
+      return await published
+    } catch (error) {
+      await rm(temporary, { recursive: true, force: true, maxRetries: 3 }).catch(() => undefined)
+      throw error
+    }
+  }
+
+  /** Lets the workers' group in, where there is one. */
+  async #give(path: string, mode: number): Promise<void> {
+    if (this.#group === undefined) return
+    await chown(path, process.geteuid?.() ?? 0, this.#group)
+    await chmod(path, mode)
+  }
+
+  /** Those that can be used, the oldest first; `survey` names the others too. */
+  async list(): Promise<Generation[]> {
+    return (await this.survey()).generations
+  }
+
+  /** All generations, the oldest first, and those that cannot be used with the reason. */
+  async survey(): Promise<{ generations: Generation[]; broken: BrokenGeneration[] }> {
+    const generations: Generation[] = []
+    const broken: BrokenGeneration[] = []
+    for (const number of await this.#numbers()) {
+      try {
+        generations.push(await this.#open(number))
+      } catch (error) {
+        if (!(error instanceof WarmforkError)) throw error
+        // Somebody pruned it since it was listed.
+        if (!existsSync(this.#path(number))) continue
+        broken.push({ number, directory: this.#path(number), error })
+      }
+    }
+    return { generations, broken }
+  }
+
+  /** Throws GENERATION_NOT_FOUND, GENERATION_CORRUPT, GENERATION_MISFIT (a newer format), STORE_GONE. */
+  async get(number: number): Promise<Generation> {
+    const tried = `use generation ${number}`
+    this.#checkThere(tried)
+    if (!existsSync(this.#path(number))) throw notFound(tried, this.directory, number)
+    return this.#open(number)
+  }
+
+  /** The newest that can be used. */
+  async newest(): Promise<Generation | undefined> {
+    return (await this.list()).at(-1)
+  }
+
+  /**
+   * Removes generations that nobody needs. With `keep` or `olderThanMs`, corrupt ones go too; with neither and no `numbers`, only
+   * what is left of dead processes. Throws GENERATION_NOT_FOUND for a number that is not there.
+   */
+  async prune(options: PruneOptions): Promise<Pruned> {
+    const tried = `prune the store at ${this.directory}`
+    try {
+      await this.#sweep()
+      const result: Pruned = { removed: [], kept: [] }
+      for (const number of await this.#chosen(options, tried)) {
+        const reason = await this.#remove(number)
+        if (reason === undefined) result.removed.push(number)
+        else result.kept.push({ number, reason })
+      }
+      return result
+    } catch (error) {
+      throw storeError(error, tried)
+    }
+  }
+
+  /** Waits for what is in the making and gives the lock back. Twice does no harm. */
+  async close(): Promise<void> {
+    this.#closed = true
+    await Promise.all(this.#creating)
+    const lock = this.#lock
+    this.#lock = undefined
+    if (!lock) return
+    await lock.truncate(0).catch(() => undefined)
+    await lock.close()
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close()
+  }
+
+  async #chosen({ keep, olderThanMs, numbers }: PruneOptions, tried: string): Promise<number[]> {
+    for (const [option, value] of Object.entries({ keep, olderThanMs })) {
+      if (value === undefined || (value >= 0 && !Number.isNaN(value))) continue
+      throw new WarmforkError('BAD_OPTION', { tried, happened: `expected \`${option}\` to be 0 or more, got ${value}` })
+    }
+    if (numbers) {
+      for (const number of numbers) if (!existsSync(this.#path(number))) throw notFound(tried, this.directory, number)
+      return [...new Set(numbers)].sort((a, b) => a - b)
+    }
+    if (keep === undefined && olderThanMs === undefined) return []
+    const { generations, broken } = await this.survey()
+    const now = Date.now()
+    const surplus = generations
+      .slice(0, Math.max(0, generations.length - (keep ?? 0)))
+      .filter((generation) => olderThanMs === undefined || now - generation.createdAt.getTime() > olderThanMs)
+    // One of a newer format is somebody else's, and may be whole.
+    const corrupt = broken.filter(({ error }) => error.code === 'GENERATION_CORRUPT')
+    return [...surplus, ...corrupt].map(({ number }) => number).sort((a, b) => a - b)
+  }
+
+  /** Removes one; gives the reason where it must stay. */
+  async #remove(number: number): Promise<string | undefined> {
+    const path = this.#path(number)
+    const inUse = this.#inUse(path)
+    if (inUse !== undefined) return inUse
+    // Out of the way first, so that nobody can take a lease any more; then look again, for one that was taken meanwhile.
+    const dead = join(this.#generations, `.dead-${number}-${randomBytes(6).toString('hex')}`)
+    try {
+      await rename(path, dead)
+    } catch (error) {
+      if (errnoOf(error) === 'ENOENT') return undefined
+      throw error
+    }
+    const taken = this.#inUse(dead)
+    if (taken !== undefined) {
+      await rename(dead, path)
+      return taken
+    }
+    await removeTree(dead)
+    return undefined
+  }
+
+  #inUse(directory: string): string | undefined {
+    const survey = surveyLeases(directory, this.#lock !== undefined)
+    removeDead(survey)
+    if (survey.holders.length === 0) return undefined
+    const pids = survey.holders.map(({ pid }) => pid).sort((a, b) => a - b)
+    return `in use by ${pids.length === 1 ? 'process' : 'processes'} ${pids.join(', ')}`
+  }
+
+  /** Removes what makers and pruners that died have left behind. */
+  async #sweep(): Promise<void> {
+    for (const { name } of await this.#entries()) {
+      const path = join(this.#generations, name)
+      const temporary = TEMPORARY.exec(name)
+      if (temporary) {
+        // Only the holder of the lock makes any, and of ours `create` takes care.
+        const [pid, startTicks] = [Number(temporary[1]), Number(temporary[2])]
+        if (this.#lock && !isAlive(pid, startTicks)) await removeTree(path)
+      }
+      const dead = DEAD.exec(name)
+      if (!dead || !this.#lock) continue
+      const back = this.#path(Number(dead[1]))
+      if (this.#inUse(path) !== undefined && !existsSync(back)) await rename(path, back).catch(() => undefined)
+      else await removeTree(path)
+    }
+  }
+
+  async #entries(): Promise<Dirent[]> {
+    try {
+      return await readdir(this.#generations, { withFileTypes: true })
+    } catch (error) {
+      if (errnoOf(error) === 'ENOENT') this.#checkThere(`read the store at ${this.directory}`)
+      if (errnoOf(error) === 'ENOENT') return []
+      throw storeError(error, `read the store at ${this.directory}`)
+    }
+  }
+
+  async #numbers(): Promise<number[]> {
+    const numbers = (await this.#entries()).flatMap(({ name }) => (NUMBER.test(name) ? Number(name) : []))
+    return numbers.sort((a, b) => a - b)
+  }
+
+  #path(number: number): string {
+    return join(this.#generations, String(number))
+  }
+
+  #open(number: number): Promise<Generation> {
+    const options = { storeDirectory: this.directory, trustPids: this.#lock !== undefined }
+    return Generation.open(this.#path(number), number, options)
+  }
+
+  /** A number that no generation ever had, kept on the disk before it is used. */
+  async #takeNumber(): Promise<number> {
+    const path = join(this.directory, 'next')
+    const text = await readFile(path, 'latin1').catch(() => '')
+    let number = NUMBER.test(text.trim()) ? Number(text) : 1
+    for (const { name } of await this.#entries()) {
+      const taken = NUMBER.test(name) ? name : DEAD.exec(name)?.[1]
+      if (taken !== undefined) number = Math.max(number, Number(taken) + 1)
+    }
+    const temporary = `${path}.new`
+    await writeFile(temporary, `${number + 1}\n`, { mode: 0o600 })
+    await sync(temporary)
+    await rename(temporary, path)
+    return number
+  }
+
+  async #earlierCopies(): Promise<EarlierCopy[]> {
+    return (await this.list()).flatMap(({ directory, manifest }) =>
+      manifest.mappedFiles.flatMap((entry) =>
+        entry.kept === 'copy' && entry.keptAs !== undefined ? { entry, path: join(directory, entry.keptAs) } : [],
+      ),
+    )
+  }
+
+  /** Throws STORE_GONE where the directory that was opened is not there any more. */
+  #checkThere(tried: string, cause?: unknown): void {
+    if (this.#inode === undefined) return
+    const now = lstatSync(this.directory, { throwIfNoEntry: false })
+    if (now?.ino === this.#inode && (!this.#lock || existsSync(this.#generations))) return
+    throw new WarmforkError('STORE_GONE', {
+      tried,
+      happened: now ? `${this.directory} was removed and made again` : `${this.directory} is gone`,
+      cause,
+    })
+  }
+}
+
+/** Takes the store's lock, or throws STORE_LOCKED with the pid of its holder. The kernel frees it when the holder ends. */
+async function takeLock(directory: string): Promise<FileHandle> {
+  const path = join(directory, 'lock')
+  // Node opens every descriptor close-on-exec; a program that we start must not go on holding the lock.
+  const handle = await open(path, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600)
+  try {
+    if (!tryLock(handle.fd)) {
+      const holder = /^\d+/.exec(await handle.readFile('latin1'))?.[0]
+      throw new WarmforkError('STORE_LOCKED', {
+        tried: `open the store at ${directory}`,
+        happened: `${holder === undefined ? 'another process' : `process ${holder}`} is its supervisor`,
+      })
+    }
+    // A lock on a file that is not there any more locks nobody out.
+    if (lstatSync(path, { throwIfNoEntry: false })?.ino !== (await handle.stat()).ino) {
+      throw new WarmforkError('STORE_GONE', {
+        tried: `open the store at ${directory}`,
+        happened: 'it was removed meanwhile',
+      })
+    }
+    await handle.truncate(0)
+    await handle.write(`${process.pid} ${stat(process.pid)?.startTicks ?? 0}\n`, 0)
+    return handle
+  } catch (error) {
+    await handle.close()
+    throw error
+  }
+}
+
+/** Unlinks a tree; a page file that is still mapped lives on until the last process that maps it ends. */
+async function removeTree(path: string): Promise<void> {
+  await rm(path, { recursive: true, force: true, maxRetries: 3, retryDelay: 20 })
+}
+
+function notFound(tried: string, directory: string, number: number): WarmforkError {
+  return new WarmforkError('GENERATION_NOT_FOUND', {
+    tried,
+    happened: `there is no generation ${number} in ${directory}`,
+  })
+}
+
+let version: string | undefined
+
+function warmforkVersion(): string {
+  version ??= (JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as { version: string })
+    .version
+  return version
+}
