@@ -21,7 +21,7 @@ import {
   writeFileSync,
 } from 'node:fs'
 import { release, tmpdir } from 'node:os'
-import { basename, dirname, join, relative } from 'node:path'
+import { basename, dirname, join, relative, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { WarmforkError } from '../../errors.js'
 import { tryLock } from '../../linux/libc.js'
@@ -71,7 +71,7 @@ const DEFAULT_MIRROR = 'http://deb.debian.org/debian'
  * @throws INSTALL_FAILED with apt's output in `output`, TIMEOUT where another installation holds the lock for too long
  */
 export async function installCriu(options: InstallCriuOptions = {}): Promise<Criu> {
-  const prefix = options.prefix ?? defaultPrefix()
+  const prefix = resolve(options.prefix ?? defaultPrefix())
   const kernelRelease = options.kernelRelease ?? release()
   const installed = () => privateVersions(prefix).find((criu) => isSuitable(criu.version, kernelRelease))
   const before = installed()
@@ -95,7 +95,7 @@ export async function installCriu(options: InstallCriuOptions = {}): Promise<Cri
     if (meanwhile) return meanwhile
     removeLeftovers(prefix)
     const criu = await install(prefix, kernelRelease, options.aptEtc ?? '/etc/apt', run, say)
-    removeUnused(prefix, dirname(dirnameOf(criu)) === prefix ? dirnameOf(criu) : '', say)
+    removeUnused(prefix, dirnameOf(criu), say)
     return criu
   } finally {
     unlock()
@@ -129,7 +129,7 @@ async function install(
     const bytes = packages.reduce((sum, name) => sum + statSync(join(archives, name)).size, 0)
     say(`unpacking ${packages.length} packages (${(bytes / 1e6).toFixed(1)} MB)`)
     for (const name of packages) await run.command('dpkg', ['-x', join(archives, name), staging], `unpack ${name}`)
-    // Documentation, translations and character sets: criu reads none of them (29 MB become 18).
+    // Documentation and the like, which criu does not read.
     for (const name of ['usr/share', 'etc', 'var']) rmSync(join(staging, name), { recursive: true, force: true })
 
     const manifest = describe(staging)
@@ -402,9 +402,9 @@ function removeLeftovers(prefix: string): void {
 /** Removes older versions, but for those that a process still runs. A version is replaced only where it does not suit the kernel any more. */
 function removeUnused(prefix: string, keep: string, say: (line: string) => void): void {
   const running = new Set(allPids().map(executableOf))
-  for (const { argv } of privateVersions(prefix)) {
-    const directory = dirnameOf({ argv } as Criu)
-    if (directory === keep || directory === '/') continue
+  for (const criu of privateVersions(prefix)) {
+    const directory = dirnameOf(criu)
+    if (directory === keep || dirname(directory) !== prefix) continue
     if ([...running].some((path) => path?.startsWith(`${directory}/`))) {
       say(`keeping ${directory}, which is in use`)
       continue
