@@ -59,7 +59,7 @@ export interface CacheStamp {
 }
 
 const PRIVILEGED_FILE = '/run/criu.kdat'
-const PRIVILEGED_STAMP = '/run/warmfork/criu-kdat.json'
+const PRIVILEGED_STAMP = '/run/criu.kdat.warmfork.json'
 const TMPFS_MAGIC = 0x01021994
 
 /** `criu check` takes 0.1 s; a machine without the kernel's iptables modules may search for them for longer. */
@@ -159,9 +159,12 @@ function makeOwnDirectory(path: string, uid = process.getuid!(), gid = process.g
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error
   }
-  const found = lstatSync(path)
-  if (!found.isDirectory() || found.uid !== uid || (found.mode & 0o022) !== 0)
-    throw new Error(`${path} is not the user's own`)
+  if (!isOwnDirectory(path, uid)) throw new Error(`${path} is not the user's own`)
+}
+
+function isOwnDirectory(path: string, uid = process.getuid!()): boolean {
+  const found = lstatSync(path, { throwIfNoEntry: false })
+  return found?.isDirectory() === true && found.uid === uid && (found.mode & 0o022) === 0
 }
 
 async function letCriuSave(
@@ -189,7 +192,6 @@ async function makeOnDisk(criu: Criu, file: string): Promise<void> {
   const stamp = JSON.stringify(stampOf(criu, content))
   // A criu that started without the cache would remove ours when it fails to save its own; this file keeps it from trying.
   closeSync(openSync(`${file}.tmp`, 'a', 0o600))
-  mkdirSync(dirname(PRIVILEGED_STAMP), { recursive: true, mode: 0o755 })
   writeAtomically(file, content)
   writeAtomically(PRIVILEGED_STAMP, stamp)
 }
