@@ -6,9 +6,10 @@ import { corrupt, truncated } from './failure.js'
 import { type Decoded, DecodeError, decode, encode, type Fields, type Message, OPAQUE } from './message.js'
 import { GhostChunk, GhostFile, PipeData, SocketPacket, TcpStream } from './schema.js'
 
-/** What CRIU ≥ 1.1 puts before the magic of the kind: images, and its own service files (stats). */
+/** What CRIU ≥ 1.1 puts before the magic of the kind: images, and its own service files (stats). The inventory, which says the version, has none. */
 const COMMON_MAGIC = 0x54564319
 const SERVICE_MAGIC = 0x55105940
+const INVENTORY_MAGIC = 0x58313116
 
 export interface ImageEntry {
   readonly message: Uint8Array
@@ -17,7 +18,7 @@ export interface ImageEntry {
 }
 
 export interface ImageFile {
-  readonly family: typeof COMMON_MAGIC | typeof SERVICE_MAGIC
+  readonly family: typeof COMMON_MAGIC | typeof SERVICE_MAGIC | null
   readonly magic: number
   readonly entries: readonly ImageEntry[]
 }
@@ -41,14 +42,15 @@ const MAGIC = {
 
 export function parseImageFile(name: string, bytes: Uint8Array): ImageFile {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)
-  if (bytes.length < 8) throw truncated(name, `it has ${bytes.length} bytes, fewer than its two magic numbers`)
-  const family = view.getUint32(0, true)
-  if (family !== COMMON_MAGIC && family !== SERVICE_MAGIC) {
-    throw corrupt(name, `it starts with 0x${family.toString(16)}, which is no magic number of a CRIU image`)
+  if (bytes.length < 8) throw truncated(name, `it has ${bytes.length} bytes, fewer than its magic numbers`)
+  const first = view.getUint32(0, true)
+  const family = first === COMMON_MAGIC || first === SERVICE_MAGIC ? first : null
+  if (family === null && first !== INVENTORY_MAGIC) {
+    throw corrupt(name, `it starts with 0x${first.toString(16)}, which is no magic number of a CRIU image`)
   }
-  const magic = view.getUint32(4, true)
+  const magic = family === null ? first : view.getUint32(4, true)
   const entries: ImageEntry[] = []
-  let at = 8
+  let at = family === null ? 4 : 8
   const take = (length: number, what: string): Uint8Array => {
     if (length > bytes.length - at)
       throw truncated(name, `${what} at offset ${at} needs ${length} bytes and ${bytes.length - at} are left`)
@@ -91,11 +93,12 @@ function payloadLength(name: string, magic: number, message: Uint8Array): number
 }
 
 export function buildImageFile(file: ImageFile): Uint8Array {
-  const size = file.entries.reduce((sum, { message, payload }) => sum + 4 + message.length + (payload?.length ?? 0), 8)
+  const magics = file.family === null ? [file.magic] : [file.family, file.magic]
+  const head = 4 * magics.length
+  const size = file.entries.reduce((sum, { message, payload }) => sum + 4 + message.length + (payload?.length ?? 0), head)
   const bytes = Buffer.allocUnsafe(size)
-  bytes.writeUInt32LE(file.family, 0)
-  bytes.writeUInt32LE(file.magic, 4)
-  let at = 8
+  let at = 0
+  for (const magic of magics) at = bytes.writeUInt32LE(magic, at)
   for (const { message, payload } of file.entries) {
     at = bytes.writeUInt32LE(message.length, at)
     bytes.set(message, at)

@@ -101,8 +101,8 @@ export function decode<F extends Fields>(schema: Message<F>, bytes: Uint8Array):
       const [number, wireType] = reader.tag()
       const known = schema.byNumber.get(number)
       if (!known) {
-        const unknown = (found.unknown ??= []) as UnknownField[]
-        unknown.push({ number, wireType, value: readUnknown(reader, wireType) })
+        found.unknown ??= []
+        ;(found.unknown as UnknownField[]).push({ number, wireType, value: readUnknown(reader, wireType) })
         continue
       }
       const { name, field } = known

@@ -70,6 +70,10 @@ export function writePagemap(set: ImageSet, name: string, runs: readonly PageRun
   set.putMessages(name, [head!.message, ...messages])
 }
 
+/** Of two addresses. (Math.min takes no bigint.) */
+export const earlier = (a: bigint, b: bigint): bigint => (a < b ? a : b)
+export const later = (a: bigint, b: bigint): bigint => (a > b ? a : b)
+
 /** The part of a sorted list of runs that lies in [start, end), cut at the borders. */
 export function runsWithin(runs: readonly PageRun[], start: bigint, end: bigint): PageRun[] {
   const found: PageRun[] = []
@@ -81,8 +85,8 @@ export function runsWithin(runs: readonly PageRun[], start: bigint, end: bigint)
 
 /** The parts of a run inside [start, end); the run must touch it. */
 export function cutRun(run: PageRun, start: bigint, end: bigint): PageRun {
-  const from = run.start > start ? run.start : start
-  const to = run.end < end ? run.end : end
+  const from = later(run.start, start)
+  const to = earlier(run.end, end)
   return { start: from, end: to, offset: run.offset + Number(from - run.start), flags: run.flags }
 }
 

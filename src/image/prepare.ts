@@ -91,7 +91,7 @@ export async function prepare(options: PrepareOptions): Promise<PreparedImage> {
       listeners,
       edits: {
         sharedBytes: pageFileRuns.reduce((sum, [, length]) => sum + length, 0),
-        mappings: plan.converted.length,
+        mappings: plan.mappings,
         wipedRanges: wiped.reduce((sum, ranges) => sum + ranges.length, 0),
         sizeChecksDropped,
         locksDropped,
@@ -165,8 +165,8 @@ async function writePageFile(
   try {
     for (const { source, target, length } of plan.copies) {
       const path = source.kind === 'file' ? source.path : pagesOfProcess.get(source.pid)!
-      let input = inputs.get(path)
-      if (!input) inputs.set(path, (input = await open(Buffer.from(bytesOf(path)), 'r')))
+      const input = inputs.get(path) ?? (await open(Buffer.from(bytesOf(path)), 'r'))
+      inputs.set(path, input)
       // A mapping may reach past the end of its file: the rest reads as zeros, which the hole gives.
       const { size } = source.kind === 'file' ? await input.stat() : { size: Number.POSITIVE_INFINITY }
       await copyBytes(input, source.offset, output, target, Math.min(length, Math.max(0, size - source.offset)), path)

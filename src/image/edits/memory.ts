@@ -7,7 +7,7 @@
  */
 import type { AddressSpace } from '../address-space.js'
 import type { ImageSet } from '../image-set.js'
-import { PAGE, type PageRun, runsWithin, writePagemap } from '../pagemap.js'
+import { earlier, later, PAGE, type PageRun, runsWithin, writePagemap } from '../pagemap.js'
 import { FILE_TYPE, FileEntry, MADV, MAP, MmEntry, VMA_STATUS, type VmaEntry } from '../schema.js'
 
 /** Where a stretch of the page file comes from. */
@@ -30,7 +30,8 @@ export interface MemoryPlan {
   kept: Map<number, KeptRun[]>
   /** Size of the (sparse) page file, in bytes. */
   pageFileSize: number
-  converted: { pid: number; start: bigint; end: bigint; offset: number }[]
+  /** How many mappings now map the page file. */
+  mappings: number
 }
 
 export interface MemoryEdit {
@@ -117,7 +118,7 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
   )
   const gap = Math.max(SLOT_ALIGNMENT, Math.min(SLOT_GAP, Math.floor(PAGE_FILE_LIMIT / Math.max(1, slots))))
 
-  const plan: MemoryPlan = { copies: [], kept: new Map(), pageFileSize: 0, converted: [] }
+  const plan: MemoryPlan = { copies: [], kept: new Map(), pageFileSize: 0, mappings: 0 }
   for (const { memory, runs, keepOut, stretches } of wanted) {
     const mm = set.memory(memory.pid)
     const vmas: VmaEntry[] = []
@@ -135,6 +136,7 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
         plan.copies.push({ source, target: offset, length: Number(end - start) })
       }
       vmas.push(...splitVma(vma, slots, fileId))
+      plan.mappings += slots.length
       shared.push(...slots)
     }
     const kept: PageRun[] = []
@@ -241,8 +243,8 @@ function divideRun(
   for (let i = firstEndingAfter(shared, run.start); i < shared.length && shared[i]!.start < run.end; i++) {
     const slot = shared[i]!
     keep(at, slot.start)
-    at = Math.max(at, slot.start)
-    const end = Math.min(slot.end, run.end)
+    at = later(at, slot.start)
+    const end = earlier(slot.end, run.end)
     // The whole part goes to the page file; pages that each fork writes stand in the image too and are laid over it.
     copies.push({
       source: { kind: 'pages', pid, offset: run.offset + Number(at - run.start) },
