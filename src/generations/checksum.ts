@@ -7,6 +7,7 @@
 import { createHash } from 'node:crypto'
 import { closeSync, fstatSync, openSync, readFileSync, readSync } from 'node:fs'
 import { type FileHandle, open } from 'node:fs/promises'
+import { nextData, nextHole } from '../linux/libc.js'
 
 /** A stretch of a page file that holds data: both in bytes. */
 export type Run = readonly [offset: number, length: number]
@@ -52,6 +53,40 @@ export async function runsChecksum(path: string, runs: readonly Run[]): Promise<
     await handle.close()
   }
 }
+
+/**
+ * Whether a page file has anything but zeros outside its runs: a mapping that grows comes upon that. Only stretches that
+ * the file system says hold data are read.
+ */
+export async function hasStrayData(path: string, runs: readonly Run[]): Promise<boolean> {
+  const ascending = [...runs].sort(([a], [b]) => a - b)
+  const handle = await open(path, 'r')
+  try {
+    const piece = Buffer.allocUnsafe(PIECE_BYTES)
+    let next = 0
+    for (let at = nextData(handle.fd, 0); at !== undefined; at = nextData(handle.fd, at)) {
+      const end = nextHole(handle.fd, at)
+      if (end === undefined) return false
+      while (at < end) {
+        while (next < ascending.length && ascending[next]![0] + ascending[next]![1] <= at) next++
+        const [start, length] = ascending[next] ?? [Number.POSITIVE_INFINITY, 0]
+        if (start <= at) {
+          at = Math.min(end, start + length)
+          continue
+        }
+        const got = await readFully(handle, piece, Math.min(piece.length, end - at, start - at), at)
+        if (got === 0) return false
+        if (!piece.subarray(0, got).equals(ZEROS.subarray(0, got))) return true
+        at += got
+      }
+    }
+    return false
+  } finally {
+    await handle.close()
+  }
+}
+
+const ZEROS = Buffer.alloc(PIECE_BYTES)
 
 /** The checksum of a file, or of its runs where a file of runs is named, while the event loop waits. */
 export function checksumNow(path: string, runsPath?: string): string {

@@ -2,7 +2,7 @@
  * A generation in the making: a temporary directory that a callback fills, and that is then sealed: owned by us, read-only,
  * its checksums taken, all of it on the disk. It knows no numbers and no other generation but those it is handed.
  */
-import { chmod, chown, link, lstat, mkdir, readdir, writeFile } from 'node:fs/promises'
+import { chmod, chown, link, lstat, mkdir, readdir, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { WarmforkError } from '../errors.js'
 import { encodeRuns, fileChecksum, type Run, runsChecksum } from './checksum.js'
@@ -13,42 +13,56 @@ import { LEASE_DIRECTORY } from './lease.js'
 import type { MappedFile, StoredFile } from './manifest.js'
 
 export const IMAGE_DIRECTORY = 'image'
+const SCRATCH_DIRECTORY = 'scratch'
 
-/** What is filled. The callback may give the image's directory to a worker's user; sealing takes it back. */
+export interface DraftOptions {
+  readonly number: number
+  readonly finalDirectory: string
+  readonly maxCopyBytes: number
+  readonly earlierCopies: () => Promise<EarlierCopy[]>
+}
+
+/** What is filled. The callback may give its directories to a worker's user; sealing takes them back. */
 export class Draft {
+  /** Of the generation that this becomes. */
+  readonly number: number
+  /** Where the generation will lie: what the image says of where its page files are. */
+  readonly finalDirectory: string
   readonly #inherited = new Map<string, StoredFile>()
   readonly #mapped = new Map<string, MappedFile>()
-  readonly #earlierCopies: () => Promise<EarlierCopy[]>
-  readonly #maxCopyBytes: number
+  readonly #options: DraftOptions
 
   private constructor(
-    /** Temporary: it is renamed when the generation is made, so nothing may remember it. */
+    /** Where it is filled; renamed in the end, so nothing in the image may name it. */
     readonly directory: string,
-    options: { maxCopyBytes: number; earlierCopies: () => Promise<EarlierCopy[]> },
+    options: DraftOptions,
   ) {
-    this.#maxCopyBytes = options.maxCopyBytes
-    this.#earlierCopies = options.earlierCopies
+    this.number = options.number
+    this.finalDirectory = options.finalDirectory
+    this.#options = options
   }
 
-  static async begin(
-    directory: string,
-    options: { maxCopyBytes: number; earlierCopies: () => Promise<EarlierCopy[]> },
-  ): Promise<Draft> {
+  static async begin(directory: string, options: DraftOptions): Promise<Draft> {
     await mkdir(directory, { mode: 0o700 })
-    for (const name of [IMAGE_DIRECTORY, KEPT_DIRECTORY, LEASE_DIRECTORY]) {
+    for (const name of [IMAGE_DIRECTORY, KEPT_DIRECTORY, LEASE_DIRECTORY, SCRATCH_DIRECTORY]) {
       await mkdir(join(directory, name), { mode: 0o700 })
     }
     return new Draft(directory, options)
   }
 
-  /** Where criu writes its image. */
+  /** On the same file system, for the raw dump that prepare reads; removed before the generation is sealed. */
+  get scratchDirectory(): string {
+    return join(this.directory, SCRATCH_DIRECTORY)
+  }
+
+  /** Where the image goes that forks are made of. */
   get imageDirectory(): string {
     return join(this.directory, IMAGE_DIRECTORY)
   }
 
   /** Keeps the files that the image maps or has open for reading; call it once. Gives what became of each. */
   async keepFiles(files: readonly FileToKeep[]): Promise<readonly MappedFile[]> {
-    const options = { maxCopyBytes: this.#maxCopyBytes, earlierCopies: await this.#earlierCopies() }
+    const options = { maxCopyBytes: this.#options.maxCopyBytes, earlierCopies: await this.#options.earlierCopies() }
     for (const entry of await keepFiles(this.directory, files, options)) this.#mapped.set(entry.path, entry)
     return this.mappedFiles
   }
@@ -80,12 +94,13 @@ export class Draft {
    * and read files whose names they know.
    */
   async seal(pageFiles: readonly { name: string; runs: readonly Run[] }[], group: number | undefined): Promise<Sealed> {
+    await rm(this.scratchDirectory, { recursive: true, force: true })
     const runsOf = new Map<string, readonly Run[]>()
     for (const { name, runs } of pageFiles) {
       await writeFile(join(this.directory, runsFile(name)), encodeRuns(runs), { flag: 'wx', mode: 0o600 })
       runsOf.set(name, runs)
     }
-    const keptAs = new Map([...this.#mapped.values()].map((entry) => [entry.keptAs, entry]))
+    const keptAs = new Map(this.mappedFiles.map((entry) => [entry.keptAs, entry]))
     const uid = process.geteuid?.() ?? 0
     const gid = group ?? process.getegid?.() ?? 0
     const files: Record<string, StoredFile> = {}

@@ -7,11 +7,11 @@ import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import type { GenerationInfo } from '../engines/engine.js'
 import { errnoOf, WarmforkError } from '../errors.js'
-import { checksumNow, decodeRuns, fileChecksum, type Run, runsChecksum } from './checksum.js'
+import { checksumNow, decodeRuns, fileChecksum, hasStrayData, type Run, runsChecksum } from './checksum.js'
 import { IMAGE_DIRECTORY, walk } from './draft.js'
 import { currentPath } from './kept-files.js'
 import { type Holder, LEASE_DIRECTORY, Lease, surveyLeases } from './lease.js'
-import { MANIFEST_FILE, type Manifest, readManifest } from './manifest.js'
+import { MANIFEST_FILE, type Manifest, readManifest, type StoredFile } from './manifest.js'
 import { differences, type Surroundings } from './surroundings.js'
 
 /** What is compared at each fork to see that nobody touched a file since this process opened or made the generation. */
@@ -111,24 +111,23 @@ export class Generation {
         throw corrupt(this.number, `there is a file in it that does not belong there, ${name}`)
       }
     }
-    for (const [name, stored] of Object.entries(files)) {
-      let sha256: string
-      let bytes: number
-      try {
-        const path = join(this.directory, name)
-        bytes = lstatSync(path).size
-        sha256 =
-          stored.runs === undefined
-            ? (await fileChecksum(path)).sha256
-            : await runsChecksum(path, await this.runs(name))
-      } catch (cause) {
-        if (cause instanceof WarmforkError) throw cause
-        throw corrupt(this.number, `its file ${name} cannot be read to its end`, cause)
-      }
+    for (const [name, stored] of Object.entries(files)) await this.#verifyFile(name, stored)
+  }
+
+  async #verifyFile(name: string, stored: StoredFile): Promise<void> {
+    const path = join(this.directory, name)
+    try {
+      const bytes = lstatSync(path).size
       if (bytes !== stored.bytes)
         throw corrupt(this.number, `its file ${name} has ${bytes} bytes and had ${stored.bytes}`)
-      if (sha256 !== stored.sha256)
+      const runs = stored.runs === undefined ? undefined : await this.runs(name)
+      const sha256 = runs ? await runsChecksum(path, runs) : (await fileChecksum(path)).sha256
+      if (sha256 !== stored.sha256 || (runs && (await hasStrayData(path, runs)))) {
         throw corrupt(this.number, `its file ${name} has another content than it was made with`)
+      }
+    } catch (cause) {
+      if (cause instanceof WarmforkError) throw cause
+      throw corrupt(this.number, `its file ${name} cannot be read to its end`, cause)
     }
   }
 

@@ -5,7 +5,7 @@
  * A lease is valid while its process lives: the id with the same start time, on the same boot. So a holder that
  * crashes blocks nothing for ever.
  */
-import { closeSync, openSync, readdirSync, readlinkSync, unlinkSync } from 'node:fs'
+import { closeSync, lstatSync, openSync, readdirSync, readlinkSync, unlinkSync } from 'node:fs'
 import { join } from 'node:path'
 import { errnoOf } from '../errors.js'
 import { bootId, isAlive } from '../linux/proc.js'
@@ -43,6 +43,9 @@ export class Lease implements Holder {
         return new Lease(holder.pid, holder.startTicks, undefined)
       if (errno !== 'EEXIST') throw error
     }
+    // A prune may have moved the directory away while the file was made. Where the path still leads to it, the move, if it
+    // comes, comes later, and the prune looks for leases after it.
+    lstatSync(path)
     return new Lease(holder.pid, holder.startTicks, path)
   }
 

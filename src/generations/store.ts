@@ -90,7 +90,7 @@ export interface BrokenGeneration {
 
 const NUMBER = /^[1-9]\d{0,14}$/
 const TEMPORARY = /^\.tmp-(\d+)-(\d+)-[0-9a-f]+$/
-const DEAD = /^\.dead-([1-9]\d{0,14})-[0-9a-f]+$/
+const DEAD = /^\.dead-([1-9]\d{0,14})-(\d+)-(\d+)-[0-9a-f]+$/
 const DEFAULT_KEEP_COPY_BYTES = 512 * 1024 * 1024
 
 export class Store {
@@ -105,7 +105,7 @@ export class Store {
   readonly #inode: number | undefined
   #closed = false
   readonly #creating = new Set<Promise<unknown>>()
-  #publishing: Promise<unknown> = Promise.resolve()
+  #reserving: Promise<unknown> = Promise.resolve()
 
   private constructor(
     directory: string,
@@ -183,59 +183,53 @@ export class Store {
 
   async #create(meta: NewGeneration, fill: (draft: Draft) => Promise<Filled>): Promise<Generation> {
     this.#checkThere(`make a generation in ${this.directory}`)
-    const self = stat(process.pid)
-    const temporary = join(
-      this.#generations,
-      `.tmp-${process.pid}-${self?.startTicks ?? 0}-${randomBytes(6).toString('hex')}`,
-    )
+    const number = await this.#reserveNumber()
+    const directory = this.#path(number)
+    const temporary = join(this.#generations, `.tmp-${ownMark()}`)
+    let made = temporary
     try {
       const draft = await Draft.begin(temporary, {
+        number,
+        finalDirectory: directory,
         maxCopyBytes: this.#keepCopyMaxBytes,
         earlierCopies: () => this.#earlierCopies(),
       })
       const filled = await fill(draft)
       const before = performance.now()
       const sealed = await draft.seal(filled.pageFiles, this.#group)
-      const syncMs = Math.round(performance.now() - before)
-      const publish = async () => {
-        const number = await this.#takeNumber()
-        const { checkpointMs, prepareMs, pageFiles: _, ...known } = filled
-        const manifest: Manifest = {
-          formatVersion: FORMAT_VERSION,
-          number,
-          parent: meta.parent,
-          name: this.name,
-          createdAt: new Date().toISOString(),
-          warmforkVersion: warmforkVersion(),
-          surroundings: {
-            ...meta.surroundings,
-            command: [...meta.surroundings.command],
-            declaredEnv: { ...meta.surroundings.declaredEnv },
-          },
-          ...known,
-          warnings: [...filled.warnings],
-          processes: [...filled.processes],
-          mappedFiles: [...draft.mappedFiles],
-          files: sealed.files,
-          sizes: sealed.sizes,
-          times: { checkpointMs, prepareMs, syncMs },
-        }
-        const path = join(temporary, MANIFEST_FILE)
-        await writeFile(path, encodeManifest(manifest), { flag: 'wx', mode: 0o400 })
-        await this.#give(path, 0o440)
-        await sync(path)
-        await this.#give(temporary, 0o710)
-        await sync(temporary)
-        const directory = join(this.#generations, String(number))
-        await rename(temporary, directory)
-        await sync(this.#generations)
-        return this.#open(number)
+      const { checkpointMs, prepareMs, pageFiles: _, ...known } = filled
+      const manifest: Manifest = {
+        formatVersion: FORMAT_VERSION,
+        number,
+        parent: meta.parent,
+        name: this.name,
+        createdAt: new Date().toISOString(),
+        warmforkVersion: warmforkVersion(),
+        surroundings: {
+          ...meta.surroundings,
+          command: [...meta.surroundings.command],
+          declaredEnv: { ...meta.surroundings.declaredEnv },
+        },
+        ...known,
+        warnings: [...filled.warnings],
+        processes: [...filled.processes],
+        mappedFiles: [...draft.mappedFiles],
+        files: sealed.files,
+        sizes: sealed.sizes,
+        times: { checkpointMs, prepareMs, syncMs: Math.round(performance.now() - before) },
       }
-      const published = this.#publishing.then(publish)
-      this.#publishing = published.catch(() => undefined)
-      return await published
+      const path = join(temporary, MANIFEST_FILE)
+      await writeFile(path, encodeManifest(manifest), { flag: 'wx', mode: 0o400 })
+      await this.#give(path, 0o440)
+      await sync(path)
+      await this.#give(temporary, 0o710)
+      await sync(temporary)
+      await rename(temporary, directory)
+      made = directory
+      await sync(this.#generations)
+      return await this.#open(number)
     } catch (error) {
-      await rm(temporary, { recursive: true, force: true, maxRetries: 3 }).catch(() => undefined)
+      await removeTree(made).catch(() => undefined)
       throw error
     }
   }
@@ -343,7 +337,7 @@ export class Store {
     const inUse = this.#inUse(path)
     if (inUse !== undefined) return inUse
     // Out of the way first, so that nobody can take a lease any more; then look again, for one that was taken meanwhile.
-    const dead = join(this.#generations, `.dead-${number}-${randomBytes(6).toString('hex')}`)
+    const dead = join(this.#generations, `.dead-${number}-${ownMark()}`)
     try {
       await rename(path, dead)
     } catch (error) {
@@ -367,20 +361,17 @@ export class Store {
     return `in use by ${pids.length === 1 ? 'process' : 'processes'} ${pids.join(', ')}`
   }
 
-  /** Removes what makers and pruners that died have left behind. */
+  /** Removes what makers and pruners that died have left behind; only the holder of the lock does. */
   async #sweep(): Promise<void> {
+    if (!this.#lock) return
     for (const { name } of await this.#entries()) {
       const path = join(this.#generations, name)
       const temporary = TEMPORARY.exec(name)
-      if (temporary) {
-        // Only the holder of the lock makes any, and of ours `create` takes care.
-        const [pid, startTicks] = [Number(temporary[1]), Number(temporary[2])]
-        if (this.#lock && !isAlive(pid, startTicks)) await removeTree(path)
-      }
+      if (temporary && !isAlive(Number(temporary[1]), Number(temporary[2]))) await removeTree(path)
       const dead = DEAD.exec(name)
-      if (!dead || !this.#lock) continue
+      if (!dead || isAlive(Number(dead[2]), Number(dead[3]))) continue
       const back = this.#path(Number(dead[1]))
-      if (this.#inUse(path) !== undefined && !existsSync(back)) await rename(path, back).catch(() => undefined)
+      if (this.#inUse(path) !== undefined && !existsSync(back)) await rename(path, back)
       else await removeTree(path)
     }
   }
@@ -409,20 +400,29 @@ export class Store {
     return Generation.open(this.#path(number), number, options)
   }
 
-  /** A number that no generation ever had, kept on the disk before it is used. */
-  async #takeNumber(): Promise<number> {
-    const path = join(this.directory, 'next')
-    const text = await readFile(path, 'latin1').catch(() => '')
-    let number = NUMBER.test(text.trim()) ? Number(text) : 1
-    for (const { name } of await this.#entries()) {
-      const taken = NUMBER.test(name) ? name : DEAD.exec(name)?.[1]
-      if (taken !== undefined) number = Math.max(number, Number(taken) + 1)
-    }
-    const temporary = `${path}.new`
-    await writeFile(temporary, `${number + 1}\n`, { mode: 0o600 })
-    await sync(temporary)
-    await rename(temporary, path)
-    return number
+  /** A number that no generation ever had: kept on the disk before it is used, one caller after the other. */
+  #reserveNumber(): Promise<number> {
+    const reserved = this.#reserving.then(async () => {
+      const path = join(this.directory, 'next')
+      const text = await readFile(path, 'latin1').catch(() => '')
+      let number = NUMBER.test(text.trim()) ? Number(text) : 1
+      for (const { name } of await this.#entries()) {
+        const taken = NUMBER.test(name) ? name : DEAD.exec(name)?.[1]
+        if (taken !== undefined) number = Math.max(number, Number(taken) + 1)
+      }
+      const temporary = `${path}.new`
+      try {
+        await writeFile(temporary, `${number + 1}\n`, { mode: 0o600 })
+        await sync(temporary)
+        await rename(temporary, path)
+      } catch (error) {
+        await rm(temporary, { force: true }).catch(() => undefined)
+        throw error
+      }
+      return number
+    })
+    this.#reserving = reserved.catch(() => undefined)
+    return reserved
   }
 
   async #earlierCopies(): Promise<EarlierCopy[]> {
@@ -450,7 +450,11 @@ export class Store {
 async function takeLock(directory: string): Promise<FileHandle> {
   const path = join(directory, 'lock')
   // Node opens every descriptor close-on-exec; a program that we start must not go on holding the lock.
-  const handle = await open(path, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600)
+  const handle = await open(path, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600).catch((cause) => {
+    if (errnoOf(cause) !== 'ELOOP') throw cause
+    const happened = `${path} is a symbolic link`
+    throw new WarmforkError('STORE_UNSAFE', { tried: `open the store at ${directory}`, happened, remedy: 'Remove it.', cause })
+  })
   try {
     if (!tryLock(handle.fd)) {
       const holder = /^\d+/.exec(await handle.readFile('latin1'))?.[0]
@@ -473,6 +477,11 @@ async function takeLock(directory: string): Promise<FileHandle> {
     await handle.close()
     throw error
   }
+}
+
+/** Names this process for ever, and one directory of it. */
+function ownMark(): string {
+  return `${process.pid}-${stat(process.pid)?.startTicks ?? 0}-${randomBytes(6).toString('hex')}`
 }
 
 /** Unlinks a tree; a page file that is still mapped lives on until the last process that maps it ends. */

@@ -17,6 +17,7 @@ const c = {
   prctl: lib.func('int prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)'),
   send: lib.func('long send(int fd, const void *data, size_t length, int flags)'),
   recv: lib.func('long recv(int fd, _Out_ void *data, size_t length, int flags)'),
+  lseek: lib.func('int64_t lseek(int fd, int64_t offset, int whence)'),
   syscall3: lib.func('long syscall(long number, long a, long b, long c)'),
 }
 
@@ -153,4 +154,46 @@ export function sendSignal(pid: number, signal: number): boolean {
   const errno = koffi.errno()
   if (errno === constants.errno.ESRCH) return false
   throw new SystemError('kill', errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+}
+
+/** Where the next data of a sparse file begin, from a position on (lseek with SEEK_DATA); undefined where only a hole follows. */
+export function nextData(fd: number, from: number): number | undefined {
+  const SEEK_DATA = 3
+  return seek(fd, from, SEEK_DATA)
+}
+
+/** Where the next hole of a sparse file begins; its end counts as one. Undefined behind the end. */
+export function nextHole(fd: number, from: number): number | undefined {
+  const SEEK_HOLE = 4
+  return seek(fd, from, SEEK_HOLE)
+}
+
+function seek(fd: number, from: number, whence: number): number | undefined {
+  const found = Number(c.lseek(fd, from, whence))
+  if (found >= 0) return found
+  const errno = koffi.errno()
+  if (errno === constants.errno.ENXIO) return undefined
+  throw new SystemError('lseek', errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+}
+
+/** Calls that a probe can make without effect: null or impossible arguments. */
+const PROBES = {
+  ptrace: [101, 17, 0, 0],
+  unshare: [272, 0, 0, 0],
+  process_vm_readv: [310, 0, 0, 0],
+  kcmp: [312, 0, 0, 0],
+  io_uring_setup: [425, 0, 0, 0],
+  pidfd_open: [SYS.pidfd_open, 0, 0, 0],
+  clone3: [435, 0, 0, 0],
+  pidfd_getfd: [SYS.pidfd_getfd, -1, -1, 0],
+} as const
+
+export type SystemCallProbe = keyof typeof PROBES
+
+/** Whether the kernel has a system call and no filter (seccomp) forbids it to this process. */
+export function probeSystemCall(name: SystemCallProbe): boolean {
+  const [number, a, b, d] = PROBES[name]
+  if (Number(c.syscall3(number, a, b, d)) >= 0) return true
+  const errno = koffi.errno()
+  return errno !== constants.errno.ENOSYS && errno !== constants.errno.EPERM && errno !== constants.errno.EACCES
 }
