@@ -29,7 +29,7 @@ export async function checkKernelCache({ criu }: CheckContext): Promise<CheckRes
       status: 'warn',
       found: cache.reason ?? 'none',
       cost: 'each fork takes 15-30 ms longer: criu probes the kernel at each start',
-      remedy: 'Mount a tmpfs on /run, or run this once as root with the right to mount.',
+      remedy: 'Mount a tmpfs on /run, or run `warmfork doctor` as root with CAP_SYS_ADMIN after each boot.',
     }
   }
   return { name, status: 'ok', found: `${cache.file}${cache.state === 'made' ? ', made now' : ''}` }

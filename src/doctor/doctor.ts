@@ -20,7 +20,7 @@ import {
   checkYama,
 } from './kernel.js'
 import { checkCompiler, checkGuard, checkShim } from './native.js'
-import { checkExec, checkLinks, checkSpace, checkStore } from './store.js'
+import { checkExec, checkLinks, checkRuntimeDirectory, checkSpace, checkStore } from './store.js'
 
 export type { CheckResult, CheckStatus } from './check.js'
 
@@ -63,6 +63,7 @@ const CHECKS: readonly Check[] = [
   checkExec,
   checkSpace,
   checkLinks,
+  checkRuntimeDirectory,
   checkPidMax,
   checkOpenFiles,
 ]

@@ -12,11 +12,11 @@ import {
   realpathSync,
   rmSync,
   statfsSync,
-  statSync,
   writeFileSync,
 } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
 import { errnoOf } from '../errors.js'
+import { defaultRuntimeDirectory } from '../options.js'
 import type { CheckContext, CheckResult } from './check.js'
 
 const MIB = 1024 * 1024
@@ -224,11 +224,16 @@ export function checkLinks({ store }: CheckContext): CheckResult | undefined {
   return means && judgeCopyMeans(means)
 }
 
-/** Whether a directory can be used for files that are small and short-lived: it must be this user's and be fast. */
-export function isTmpfs(path: string): boolean {
-  try {
-    return statSync(path).isDirectory() && statfsSync(path).type === 0x01021994
-  } catch {
-    return false
+/** The runtime directory holds sockets, and for the time of a fork the few small files that are its own. */
+export function checkRuntimeDirectory(): CheckResult {
+  const directory = defaultRuntimeDirectory()
+  const type = mountOf(existingPart(directory))?.type ?? 'unknown file system'
+  const base = { name: 'runtime files', found: `${directory} (${type})` }
+  if (inTrialDirectory(directory, () => true)) return { ...base, status: 'ok' }
+  return {
+    ...base,
+    status: 'fail',
+    cost: 'no fork: there is no place for sockets and for what is written for each fork',
+    remedy: `Make ${directory} for this user, or set XDG_RUNTIME_DIR.`,
   }
 }

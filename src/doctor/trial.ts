@@ -144,26 +144,27 @@ function runCriu(
 ): Promise<void> {
   return new Promise((done, failed) => {
     const child = spawn(criu.argv[0]!, [...criu.argv.slice(1), ...args], {
-      stdio: ['ignore', 'ignore', 'pipe', ...fds],
+      stdio: ['ignore', 'pipe', 'pipe', ...fds],
       env: { ...process.env, ...env },
       timeout: STEP_TIMEOUT_MS,
       killSignal: 'SIGKILL',
     })
     let said = ''
-    child.stderr!.on('data', (data) => {
-      said = `${said}${data}`.slice(-4096)
-    })
+    for (const stream of [child.stdout!, child.stderr!]) {
+      stream.on('data', (data) => {
+        said = `${said}${data}`.slice(-4096)
+      })
+    }
     child.once('error', (error) => failed(new TrialError(`${criu.argv[0]}: ${error.message}`)))
-    // `exit`, not `close`: a restored process may hold criu's stderr.
-    child.once('exit', (code, signal) => {
-      child.stderr!.destroy()
+    // criu has closed its ends by then: what it restores gets the descriptors of the image, not criu's own.
+    child.once('close', (code, signal) => {
       if (code === 0) return done()
       const ending = signal === 'SIGKILL' ? `no end within ${STEP_TIMEOUT_MS} ms` : `exit status ${code ?? signal}`
-      failed(
-        new TrialError(
-          `criu ${args[0]}: ${firstError(join(directory, log)) || said.trim().split('\n').at(-1) || ending}`,
-        ),
-      )
+      const line = said
+        .trim()
+        .split('\n')[0]
+        ?.replace(/[:\s]+$/, '')
+      failed(new TrialError(`criu ${args[0]}: ${firstError(join(directory, log)) || line || ending}`))
     })
   })
 }

@@ -210,13 +210,20 @@ function probeInNamespace(criu: Criu): Promise<Buffer> {
   })
 }
 
-/** Resolves to the last line that criu said; its status does not count, see above. */
+/** Resolves to the first line that criu said; its status does not count, see above. */
 function runCheck(argv: readonly string[], unprivileged: boolean, env: Record<string, string>): Promise<string> {
   const args = [...argv.slice(1), 'check', '--no-default-config', ...(unprivileged ? ['--unprivileged'] : [])]
   return new Promise((done) => {
     const options = { timeout: CHECK_TIMEOUT_MS, killSignal: 'SIGKILL' as const, env: { ...process.env, ...env } }
     execFile(argv[0]!, args, options, (error, stdout, stderr) => {
-      done(`${stdout}${stderr}`.trim().split('\n').at(-1) || error?.message || '')
+      done(
+        `${stdout}${stderr}`
+          .trim()
+          .split('\n')[0]
+          ?.replace(/[:\s]+$/, '') ||
+          error?.message ||
+          '',
+      )
     })
   })
 }
