@@ -6,7 +6,7 @@ import { release } from 'node:os'
 import { resolve } from 'node:path'
 import { type Criu, type FindCriuOptions, findCriu } from '../engines/criu/binary.js'
 import { installCriu } from '../engines/criu/install.js'
-import { defaultStore } from '../options.js'
+import { defaultRoot } from '../generations/directories.js'
 import type { Check, CheckContext, CheckResult } from './check.js'
 import { checkBreakpoints, checkCriu, checkKernelCache, checkTrial } from './criu.js'
 import {
@@ -71,7 +71,7 @@ const CHECKS: readonly Check[] = [
 /** Runs all checks, one after another; never throws for what they find, nor for an installation that failed: the check of criu says why. */
 export async function doctor(options: DoctorOptions = {}): Promise<DoctorReport> {
   const context: CheckContext = {
-    store: resolve(options.store ?? defaultStore()),
+    store: resolve(options.store ?? defaultRoot()),
     kernelRelease: options.criu?.kernelRelease ?? release(),
     deep: options.deep ?? false,
     criu: await getCriu(options),
