@@ -15,6 +15,7 @@ import {
   renamedTree,
   renameIdsInside,
 } from './edits/identity.js'
+import { replaceFiles } from './edits/replaced-files.js'
 import { corrupt } from './failure.js'
 import { ImageSet } from './image-set.js'
 import { encode } from './message.js'
@@ -52,23 +53,30 @@ interface ProcessPages {
 export class ForkImage {
   readonly ids: readonly number[]
   readonly rootPid: number
+  /** All processes, the root first. */
+  readonly pids: readonly number[]
   readonly #set: ImageSet
   readonly #pages: ProcessPages[]
   readonly #withIds: string[]
   readonly #otherNames: string[]
 
-  /** Throws IMAGE_TRUNCATED, IMAGE_CORRUPT, IMAGE_VERSION, IMAGE_UNSUPPORTED. `deathSignal`: forks end with their supervisor. */
+  /**
+   * `deathSignal`: forks end with their supervisor. `replaced`: files that are to be taken from elsewhere.
+   * Throws IMAGE_TRUNCATED, IMAGE_CORRUPT, IMAGE_VERSION, IMAGE_UNSUPPORTED.
+   */
   constructor(
     readonly directory: string,
-    options: { deathSignal: boolean },
+    options: { deathSignal: boolean; replaced?: ReadonlyMap<string, string> },
   ) {
     const set = ImageSet.read(directory)
     this.#set = set
     this.ids = idsOf(set)
     const processes = set.processes()
-    this.rootPid = processes[0]!.pid
+    this.pids = processes.map(({ pid }) => pid)
+    this.rootPid = this.pids[0]!
     this.#pages = processes.filter(({ dead }) => !dead).map((process) => loadPages(set, process))
     if (options.deathSignal) setDeathSignal(set)
+    if (options.replaced && options.replaced.size > 0) replaceFiles(set, options.replaced)
     this.#withIds = filesWithIds(set)
     const rewritten = new Set(this.#pages.filter(({ parent }) => !parent).map(({ pagesId }) => pagesFile(pagesId)))
     const partial = new Set(
@@ -195,11 +203,21 @@ function partialPages(
   return { pid, pagesId, places, bytes, parent: { runs } }
 }
 
-/** Writes a derived image into a new directory, mode 0700. */
-export function writeDerived(derived: DerivedImage, prepared: string, directory: string): void {
+/** Writes a derived image into a new directory, mode 0700. `onPath` is called with what was made, for a change of owner. */
+export function writeDerived(
+  derived: DerivedImage,
+  prepared: string,
+  directory: string,
+  onPath?: (path: string) => void,
+): void {
+  const made = [directory]
   mkdirSync(directory, { mode: 0o700 })
-  if ([...derived.links.keys()].some((name) => name.startsWith('parent/')))
-    mkdirSync(join(directory, 'parent'), { mode: 0o700 })
-  for (const [name, bytes] of derived.files) writeFileSync(join(directory, name), bytes, { flag: 'wx', mode: 0o600 })
+  if ([...derived.links.keys()].some((name) => name.startsWith('parent/'))) made.push(join(directory, 'parent'))
+  if (made.length > 1) mkdirSync(made[1]!, { mode: 0o700 })
+  for (const [name, bytes] of derived.files) {
+    writeFileSync(join(directory, name), bytes, { flag: 'wx', mode: 0o600 })
+    made.push(join(directory, name))
+  }
   for (const [name, target] of derived.links) symlinkSync(join(prepared, target), join(directory, name))
+  if (onPath) for (const path of made) onPath(path)
 }

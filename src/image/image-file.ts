@@ -95,7 +95,10 @@ function payloadLength(name: string, magic: number, message: Uint8Array): number
 export function buildImageFile(file: ImageFile): Uint8Array {
   const magics = file.family === null ? [file.magic] : [file.family, file.magic]
   const head = 4 * magics.length
-  const size = file.entries.reduce((sum, { message, payload }) => sum + 4 + message.length + (payload?.length ?? 0), head)
+  const size = file.entries.reduce(
+    (sum, { message, payload }) => sum + 4 + message.length + (payload?.length ?? 0),
+    head,
+  )
   const bytes = Buffer.allocUnsafe(size)
   let at = 0
   for (const magic of magics) at = bytes.writeUInt32LE(magic, at)

@@ -18,6 +18,7 @@ const c = {
   send: lib.func('long send(int fd, const void *data, size_t length, int flags)'),
   recv: lib.func('long recv(int fd, _Out_ void *data, size_t length, int flags)'),
   lseek: lib.func('int64_t lseek(int fd, int64_t offset, int whence)'),
+  getsockopt: lib.func('int getsockopt(int fd, int level, int name, _Out_ void *value, _Inout_ unsigned int *length)'),
   syscall3: lib.func('long syscall(long number, long a, long b, long c)'),
 }
 
@@ -196,4 +197,21 @@ export function probeSystemCall(name: SystemCallProbe): boolean {
   if (Number(c.syscall3(number, a, b, d)) >= 0) return true
   const errno = koffi.errno()
   return errno !== constants.errno.ENOSYS && errno !== constants.errno.EPERM && errno !== constants.errno.EACCES
+}
+
+/** The number of a signal's name. Throws a RangeError where there is no such signal. */
+export function signalNumber(name: NodeJS.Signals): number {
+  const number = constants.signals[name]
+  if (number === undefined) throw new RangeError(`no signal is called ${name}`)
+  return number
+}
+
+/** How long ago a TCP connection last gave and took data, in milliseconds (TCP_INFO). */
+export function tcpInfo(fd: number): { lastDataSentMs: number; lastDataReceivedMs: number } {
+  const IPPROTO_TCP = 6
+  const TCP_INFO = 11
+  const info = Buffer.alloc(104)
+  check('getsockopt', c.getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, [info.length]))
+  // struct tcp_info: eight bytes, then numbers of 32 bits, of which the tenth and the twelfth.
+  return { lastDataSentMs: info.readUInt32LE(44), lastDataReceivedMs: info.readUInt32LE(52) }
 }

@@ -10,6 +10,8 @@ export interface ProcStat {
   pgid: number
   sid: number
   threads: number
+  /** CPU time it has used, user and system, in clock ticks (100 a second). */
+  cpuTicks: number
   /** Since the boot, in clock ticks: with the pid it names a process for ever. */
   startTicks: number
 }
@@ -36,6 +38,7 @@ export function stat(pid: number): ProcStat | undefined {
     pgid: Number(rest[2]),
     sid: Number(rest[3]),
     threads: Number(rest[17]),
+    cpuTicks: Number(rest[11]) + Number(rest[12]),
     startTicks: Number(rest[19]),
   }
 }

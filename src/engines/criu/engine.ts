@@ -1,0 +1,264 @@
+/**
+ * The criu engine: a checkpoint is `criu dump` and prepare into a new generation; a fork is derive and `criu restore`.
+ * It owns the store and what criu needs, and knows neither templates' boots nor pools.
+ */
+import { closeSync, mkdirSync, readdirSync, readlinkSync, rmSync } from 'node:fs'
+import { join } from 'node:path'
+import { WarmforkError } from '../../errors.js'
+import type { Generation } from '../../generations/generation.js'
+import type { Filled } from '../../generations/store.js'
+import { Store } from '../../generations/store.js'
+import { currentSurroundings } from '../../generations/surroundings.js'
+import { neededFiles } from '../../image/contents.js'
+import type { Listener } from '../../image/edits/listeners.js'
+import { stdioPipes } from '../../image/edits/stdio.js'
+import type { Range } from '../../image/edits/wipe.js'
+import { ImageSet } from '../../image/image-set.js'
+import { prepare } from '../../image/prepare.js'
+import { pidfdGetfd, pidfdOpen } from '../../linux/libc.js'
+import { mappingsWithFlags, memoryUse, processTree } from '../../linux/proc.js'
+import type { CheckpointOptions, Engine, ForkSource, GenerationInfo, SourceProcess } from '../engine.js'
+import { type Criu, findCriu } from './binary.js'
+import { dump } from './dump.js'
+import { CriuForkSource } from './fork-source.js'
+import { ensureKernelCache } from './kdat.js'
+import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
+import { chooseMemory } from './memory-choice.js'
+
+export interface CriuEngineOptions {
+  /** Of the supervisor: its part of the store. */
+  name: string
+  /** The directory of all stores. @default see `StoreOptions.root` */
+  store?: string
+  /** An existing directory of this supervisor alone; derived images lie in it for the time of a fork. */
+  runtimeDirectory: string
+  /** Environment for criu itself; it carries the token by which the guard knows our processes. */
+  env: Readonly<Record<string, string>>
+  registry: ProcessRegistry
+  /** The user of templates and children, where it is not ours. */
+  worker?: Worker
+  /** Whether children get SIGKILL when the supervisor is gone. */
+  deathSignal: boolean
+  forkTimeoutMs: number
+  /** An explicit criu. @default see `findCriu` */
+  criu?: string
+}
+
+/** What the engine must know again at each fork; kept in the manifest. */
+interface EngineData {
+  stdio: { stream: 0 | 1 | 2; key: string }[]
+  listeners: (Omit<Listener, 'address'> & { address: number[] })[]
+}
+
+/** Restorers kept started ahead: one for the next fork, one while that is being replaced. */
+const AHEAD = 2
+
+const PAGE_FILE = 'memory.warmfork-pages'
+const RAW_DIRECTORY = 'raw'
+
+export class CriuEngine implements Engine {
+  readonly name = 'criu'
+  readonly #options: CriuEngineOptions
+  readonly #criu: Criu
+  readonly #launcher: Launcher
+  readonly #forks: string
+  /** Our copies of the sockets that children share with the process that a generation was taken of. */
+  readonly #sockets = new Map<number, Map<number, number>>()
+  readonly #sources = new Set<CriuForkSource>()
+
+  private constructor(
+    options: CriuEngineOptions,
+    criu: Criu,
+    /** The generations of this supervisor. */
+    readonly store: Store,
+  ) {
+    this.#options = options
+    this.#criu = criu
+    this.#launcher = new Launcher(criu, options.env, options.registry, options.worker)
+    this.#forks = join(options.runtimeDirectory, 'forks')
+    rmSync(this.#forks, { recursive: true, force: true })
+    mkdirSync(this.#forks, { mode: options.worker ? 0o711 : 0o700 })
+  }
+
+  /** Throws CRIU_MISSING, CRIU_TOO_OLD, and what `Store.open` throws. */
+  static async open(options: CriuEngineOptions): Promise<CriuEngine> {
+    const criu = findCriu(options.criu === undefined ? {} : { criu: options.criu })
+    await ensureKernelCache(criu)
+    const store = await Store.open({
+      name: options.name,
+      access: 'exclusive',
+      ...(options.store === undefined ? {} : { root: options.store }),
+      ...(options.worker === undefined ? {} : { group: options.worker.gid }),
+    })
+    return new CriuEngine(options, criu, store)
+  }
+
+  async checkpoint(source: SourceProcess, options: CheckpointOptions): Promise<GenerationInfo> {
+    const { command, cwd, uid, gid, declaredEnv } = source
+    const { major, minor, patch } = this.#criu.version
+    const surroundings = currentSurroundings({
+      criuVersion: `${major}.${minor}.${patch}`,
+      command,
+      cwd,
+      uid,
+      gid,
+      declaredEnv,
+    })
+    const sockets = new Map<number, number>()
+    let kept = false
+    try {
+      const generation = await this.store.create({ parent: null, surroundings }, async (draft) => {
+        const raw = join(draft.directory, RAW_DIRECTORY)
+        mkdirSync(raw, { mode: 0o700 })
+        this.#launcher.givePath(raw)
+        const filled = await this.#fill(source, options, {
+          raw,
+          image: draft.imageDirectory,
+          pageFile: { write: join(draft.directory, PAGE_FILE), map: join(draft.finalDirectory, PAGE_FILE) },
+        })
+        for (const { inode } of filled.listeners) sockets.set(inode, takeSocket(filled.pids, inode))
+        await draft.keepFiles(filled.files)
+        rmSync(raw, { recursive: true })
+        return filled.filled
+      })
+      this.#sockets.set(generation.number, sockets)
+      kept = true
+      return generation.info
+    } finally {
+      if (!kept) for (const fd of sockets.values()) closeSync(fd)
+    }
+  }
+
+  async #fill(
+    source: SourceProcess,
+    options: CheckpointOptions,
+    paths: { raw: string; image: string; pageFile: { write: string; map: string } },
+  ) {
+    const tree = processTree(source.pid)
+    if (tree.length === 0) {
+      const tried = `checkpoint process ${source.pid} (${source.command.join(' ')})`
+      throw new WarmforkError('CHECKPOINT_FAILED', { tried, happened: 'it has ended' })
+    }
+    const pids = tree.map(({ pid }) => pid)
+    const memory = chooseMemory(pids, options.memory, (pid) => tree.find((one) => one.pid === pid)!.comm)
+    const rssBytes = pids.reduce((sum, pid) => sum + (memoryUse(pid)?.rssBytes ?? 0), 0)
+    const wipe = this.#recordsWipeOnFork ? new Map() : wipedRanges(pids)
+    const { frozenMs } = await dump({
+      argv: this.#launcher.argv,
+      env: this.#launcher.env,
+      unprivileged: this.#launcher.unprivileged,
+      pid: source.pid,
+      command: source.command,
+      directory: paths.raw,
+      timeoutMs: options.timeoutMs,
+      signal: options.signal,
+      onStart: (pid) => this.#launcher.started(pid),
+      onEnd: (pid) => this.#launcher.ended(pid),
+    })
+    options.signal?.throwIfAborted()
+    const before = performance.now()
+    const prepared = await prepare({
+      source: paths.raw,
+      target: paths.image,
+      pageFile: paths.pageFile,
+      isShared: memory.isShared,
+      wipe,
+    })
+    options.signal?.throwIfAborted()
+    const set = ImageSet.read(paths.raw)
+    const data: EngineData = {
+      stdio: stdioPipes(set, source.stdioInodes),
+      listeners: prepared.listeners.map((listener) => ({ ...listener, address: [...listener.address] })),
+    }
+    const filled: Filled = {
+      memory: memory.mode,
+      warnings: memory.warnings,
+      pageFiles: prepared.pageFileRuns.length > 0 ? [{ name: PAGE_FILE, runs: prepared.pageFileRuns }] : [],
+      rssBytes,
+      processes: set
+        .processes()
+        .map(({ pid, threads }) => ({ pid, threads: threads.length, comm: set.core(pid).task?.comm ?? '' })),
+      edits: { ...prepared.edits, copiedBytes: prepared.copiedBytes },
+      engineData: { stdio: data.stdio, listeners: data.listeners.map((listener) => ({ ...listener })) },
+      checkpointMs: frozenMs,
+      prepareMs: Math.round(performance.now() - before),
+    }
+    return { filled, pids, listeners: prepared.listeners, files: neededFiles(set) }
+  }
+
+  /** CRIU ≥ 4.2 writes wipe-on-fork and droppable memory's flags into the image; 4.1 leaves them out. */
+  get #recordsWipeOnFork(): boolean {
+    const { major, minor } = this.#criu.version
+    return major > 4 || (major === 4 && minor >= 2)
+  }
+
+  async open(number: number): Promise<ForkSource> {
+    const generation = await this.store.get(number)
+    const source = new CriuForkSource({
+      launcher: this.#launcher,
+      generation,
+      ...this.#streamsAndListeners(generation),
+      deathSignal: this.#options.deathSignal,
+      directory: this.#forks,
+      timeoutMs: this.#options.forkTimeoutMs,
+      ahead: AHEAD,
+    })
+    this.#sources.add(source)
+    return source
+  }
+
+  #streamsAndListeners(generation: Generation) {
+    const { stdio, listeners } = generation.manifest.engineData as unknown as EngineData
+    const sockets = this.#sockets.get(generation.number)
+    return {
+      stdio,
+      listeners: listeners.map((listener) => {
+        const descriptor = sockets?.get(listener.inode)
+        if (descriptor === undefined) {
+          throw new WarmforkError('GENERATION_MISFIT', {
+            tried: `open generation ${generation.number}`,
+            happened: `its children share a listening socket (port ${listener.port}) that belonged to an earlier supervisor`,
+          })
+        }
+        return { ...listener, address: Uint8Array.from(listener.address), descriptor }
+      }),
+    }
+  }
+
+  async close(): Promise<void> {
+    for (const source of this.#sources) await source.close()
+    for (const sockets of this.#sockets.values()) for (const fd of sockets.values()) closeSync(fd)
+    this.#sockets.clear()
+    rmSync(this.#forks, { recursive: true, force: true })
+    await this.store.close()
+  }
+}
+
+/** A copy of a socket of the tree. The process that owns it has it open on some descriptor. */
+function takeSocket(pids: readonly number[], inode: number): number {
+  for (const pid of pids) {
+    for (const fd of readdirSync(`/proc/${pid}/fd`)) {
+      if (readlinkSync(`/proc/${pid}/fd/${fd}`) !== `socket:[${inode}]`) continue
+      const pidfd = pidfdOpen(pid)
+      try {
+        return pidfdGetfd(pidfd, Number(fd))
+      } finally {
+        closeSync(pidfd)
+      }
+    }
+  }
+  throw new WarmforkError('CHECKPOINT_FAILED', {
+    tried: 'take over a listening socket of the template',
+    happened: `the template has closed the socket with inode ${inode} since the checkpoint`,
+    remedy: 'Take the checkpoint when the program has opened what it serves on.',
+  })
+}
+
+function wipedRanges(pids: readonly number[]): Map<number, Range[]> {
+  return new Map(
+    pids.map((pid) => [
+      pid,
+      (mappingsWithFlags(pid) ?? []).filter(({ vmFlags }) => vmFlags.includes('wf') || vmFlags.includes('dp')),
+    ]),
+  )
+}

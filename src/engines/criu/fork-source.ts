@@ -1,0 +1,265 @@
+/**
+ * Forks of one generation: restorers started ahead, ids, leases, and the process that each restore gives. It knows one
+ * generation and its prepared image; how many children are wanted, and when, is the pool's matter.
+ */
+import { closeSync, openSync } from 'node:fs'
+import { join } from 'node:path'
+import { errnoOf, WarmforkError } from '../../errors.js'
+import type { Generation } from '../../generations/generation.js'
+import type { Lease } from '../../generations/lease.js'
+import { ForkImage } from '../../image/derive.js'
+import type { Listener } from '../../image/edits/listeners.js'
+import { ids } from '../../linux/ids.js'
+import { sendSignal, signalNumber } from '../../linux/libc.js'
+import { stat } from '../../linux/proc.js'
+import { type ExitStatus, reaper } from '../../linux/reaper.js'
+import type { ForkedProcess, ForkOptions, ForkSource, StdioFds } from '../engine.js'
+import type { Launcher } from './launcher.js'
+import { isIdCollision, isOutOfProcesses, summarize } from './log.js'
+import { Restorer } from './restorer.js'
+
+export interface SourceOptions {
+  launcher: Launcher
+  generation: Generation
+  stdio: readonly { stream: 0 | 1 | 2; key: string }[]
+  /** With the descriptor that children take each from. */
+  listeners: readonly (Listener & { descriptor: number })[]
+  deathSignal: boolean
+  /** Where derived directories are made. */
+  directory: string
+  timeoutMs: number
+  /** How many restorers are kept started ahead. */
+  ahead: number
+}
+
+/** Ids are chosen before the restore; somebody may take one meanwhile. */
+const ID_ATTEMPTS = 8
+
+export class CriuForkSource implements ForkSource {
+  readonly #options: SourceOptions
+  readonly #ahead: { restorer: Restorer; fresh: number[]; image: ForkImage }[] = []
+  readonly #lease: Lease
+  #image: ForkImage
+  #replaced: ReadonlyMap<string, string>
+  /** Read by descriptor where the workers' user may not enter the store. */
+  readonly #pageFiles: { key: string; fd: number }[]
+  #sequence = 0
+  #closed = false
+  #refill: NodeJS.Immediate | undefined
+
+  constructor(options: SourceOptions) {
+    this.#options = options
+    const { generation } = options
+    this.#replaced = generation.replacedFiles()
+    this.#image = this.#load()
+    this.#lease = generation.lease(process.pid, stat(process.pid)!.startTicks)
+    this.#pageFiles = options.launcher.unprivileged
+      ? generation.pageFiles.map((name) => {
+          const path = join(generation.directory, name)
+          return { key: path.slice(1), fd: openSync(path, 'r') }
+        })
+      : []
+    this.#refillSoon()
+  }
+
+  get generation() {
+    return this.#options.generation.info
+  }
+
+  async fork(options: ForkOptions = {}): Promise<ForkedProcess> {
+    const tried = `fork from generation ${this.#options.generation.number}`
+    for (let attempt = 1; ; attempt++) {
+      options.signal?.throwIfAborted()
+      if (this.#closed) throw new WarmforkError('STOPPED', { tried, happened: 'the generation is not in use any more' })
+      this.#checkFiles()
+      const taken = this.#take(options.stdio)
+      const before = taken.restorer.pid
+      const outcome = await taken.restorer.restore(this.#options.timeoutMs).finally(() => {
+        if (before !== undefined) this.#options.launcher.ended(before)
+        ids.release(taken.fresh)
+        this.#refillSoon()
+      })
+      if (outcome.ok) return this.#adopt(outcome.pid, taken.pids, outcome.pipes)
+      if (isIdCollision(outcome.log) && attempt < ID_ATTEMPTS) continue
+      if (isOutOfProcesses(outcome.log)) {
+        throw new WarmforkError('PIDS_EXHAUSTED', { tried, happened: summarize(outcome.log, ''), output: outcome.log })
+      }
+      if (outcome.timedOut) {
+        const happened = `criu was not done after ${this.#options.timeoutMs} ms (forkTimeoutMs)`
+        throw new WarmforkError('TIMEOUT', { tried, happened, output: outcome.log })
+      }
+      // The reason may have passed: a second try, which writes a full log, is the last one.
+      throw await this.#explain(tried, options.stdio, outcome)
+    }
+  }
+
+  async close(): Promise<void> {
+    if (this.#closed) return
+    this.#closed = true
+    clearImmediate(this.#refill)
+    await Promise.all(this.#ahead.splice(0).map((one) => this.#discard(one)))
+    for (const { fd } of this.#pageFiles) closeSync(fd)
+    this.#lease.release()
+  }
+
+  async #explain(tried: string, stdio: StdioFds | undefined, first: { log: string; exit: string }): Promise<unknown> {
+    const { restorer, fresh, pids } = this.#start(stdio)
+    const second = await restorer.restore(this.#options.timeoutMs * 2, 4)
+    ids.release(fresh)
+    if (second.ok) return this.#adopt(second.pid, pids, second.pipes)
+    const log = second.log || first.log
+    return new WarmforkError('RESTORE_FAILED', {
+      tried,
+      happened: summarize(log, `criu ended with ${second.exit} and no word`),
+      output: log.slice(-64 * 1024),
+    })
+  }
+
+  #load(): ForkImage {
+    const { generation, deathSignal } = this.#options
+    return new ForkImage(generation.imageDirectory, { deathSignal, replaced: this.#replaced })
+  }
+
+  /** Nobody touched the generation; and mapped files that were upgraded since are taken from where they were kept. */
+  #checkFiles(): void {
+    const { generation } = this.#options
+    generation.checkUntouched()
+    const replaced = generation.replacedFiles()
+    if (
+      replaced.size === this.#replaced.size &&
+      [...replaced].every(([path, kept]) => this.#replaced.get(path) === kept)
+    )
+      return
+    this.#replaced = replaced
+    this.#image = this.#load()
+    for (const one of this.#ahead.splice(0)) void this.#discard(one)
+  }
+
+  #take(stdio: StdioFds | undefined) {
+    while (!stdio && this.#ahead.length > 0) {
+      const one = this.#ahead.shift()!
+      if (one.restorer.usable) return { ...one, pids: this.#pidsOf(one.image, one.fresh) }
+      void this.#discard(one)
+    }
+    return this.#start(stdio)
+  }
+
+  #start(given: StdioFds | undefined) {
+    const image = this.#image
+    const fresh = ids.take(image.ids.length)
+    try {
+      const { launcher, generation, stdio, listeners, directory } = this.#options
+      const derived = image.derive(this.#freshIds(image, fresh))
+      this.#sequence += 1
+      const restorer = new Restorer({
+        argv: launcher.argv,
+        env: launcher.env,
+        unprivileged: launcher.unprivileged,
+        derived,
+        preparedDirectory: generation.imageDirectory,
+        directory: join(directory, `fork-${generation.number}-${this.#sequence}`),
+        stdio,
+        given,
+        inherited: [...listeners.map(({ key, descriptor }) => ({ key, fd: descriptor })), ...this.#pageFiles],
+        onPipeEnd: launcher.give,
+        onPath: launcher.givePath,
+      })
+      if (restorer.pid !== undefined) launcher.started(restorer.pid)
+      return { restorer, fresh, image, pids: derived.pids }
+    } catch (error) {
+      ids.release(fresh)
+      throw error
+    }
+  }
+
+  #freshIds(image: ForkImage, fresh: readonly number[]): Map<number, number> {
+    return new Map(image.ids.map((id, index) => [id, fresh[index]!]))
+  }
+
+  #pidsOf(image: ForkImage, fresh: readonly number[]): number[] {
+    const renamed = this.#freshIds(image, fresh)
+    return image.pids.map((pid) => renamed.get(pid)!)
+  }
+
+  /** After the fork that made room, so that it does not wait for this. */
+  #refillSoon(): void {
+    if (this.#closed || this.#refill) return
+    this.#refill = setImmediate(() => {
+      this.#refill = undefined
+      if (this.#closed || this.#ahead.length >= this.#options.ahead) return
+      try {
+        this.#ahead.push(this.#start(undefined))
+      } catch (error) {
+        // The next fork starts its own, and tells its caller what is wrong.
+        if (!(error instanceof WarmforkError) && errnoOf(error) === undefined) throw error
+        return
+      }
+      this.#refillSoon()
+    })
+  }
+
+  async #discard({ restorer, fresh }: { restorer: Restorer; fresh: number[] }): Promise<void> {
+    const { pid } = restorer
+    await restorer.discard()
+    ids.release(fresh)
+    if (pid !== undefined) this.#options.launcher.ended(pid)
+  }
+
+  #adopt(pid: number, pids: readonly number[], pipes: StdioFds | undefined): ForkedProcess {
+    const { generation, launcher } = this.#options
+    const startTicks = stat(pid)?.startTicks ?? 0
+    for (const one of pids) launcher.track(one)
+    const lease = generation.lease(pid, startTicks)
+    const forked = new RestoredProcess(pid, pids, pipes, generation.number, () => {
+      for (const one of pids) launcher.forget(one)
+      lease.release()
+    })
+    return forked
+  }
+}
+
+class RestoredProcess implements ForkedProcess {
+  readonly exited: Promise<ExitStatus>
+  onStrayResume?: () => void
+  #running = false
+  #gone = false
+
+  constructor(
+    readonly pid: number,
+    readonly pids: readonly number[],
+    readonly pipes: StdioFds | undefined,
+    readonly generation: number,
+    onExit: () => void,
+  ) {
+    this.exited = new Promise((resolve) => {
+      reaper.watch(pid, {
+        exited: (status) => {
+          this.#gone = true
+          onExit()
+          resolve(status)
+        },
+        continued: () => {
+          if (this.#running) return
+          this.#running = true
+          this.onStrayResume?.()
+        },
+      })
+    })
+  }
+
+  get running(): boolean {
+    return this.#running
+  }
+
+  resume(): void {
+    if (this.#gone) {
+      throw new WarmforkError('CHILD_GONE', { tried: `continue child ${this.pid}`, happened: 'it has ended' })
+    }
+    this.#running = true
+    for (const pid of this.pids) sendSignal(pid, signalNumber('SIGCONT'))
+  }
+
+  kill(signal: NodeJS.Signals): boolean {
+    return !this.#gone && sendSignal(this.pid, signalNumber(signal))
+  }
+}

@@ -1,0 +1,44 @@
+/** What of criu's log a person needs: its error lines, without time stamps and source places, in order and once each. */
+import { readFileSync } from 'node:fs'
+
+const LINE = /^(?:\(\d+\.\d+\)\s*)?(?:\d+:\s*)?(Error|Warn)\s*\(([^)]*)\):\s*(.*)$/
+
+/** Lines that are there in every run without the rights that nobody needs. */
+const HARMLESS = [/Can't setup RLIMIT_NOFILE/, /Some limits? could not be/, /TCP_REPAIR_WINDOW/]
+
+/** At most the last 12 error lines; warnings only where there is no error. */
+export function meaningfulLines(log: string): string[] {
+  const errors: string[] = []
+  const warnings: string[] = []
+  for (const line of log.split('\n')) {
+    const match = LINE.exec(line.trim())
+    if (!match || HARMLESS.some((pattern) => pattern.test(line))) continue
+    const list = match[1] === 'Error' ? errors : warnings
+    if (!list.includes(match[3]!)) list.push(match[3]!)
+  }
+  return (errors.length > 0 ? errors : warnings).slice(-12)
+}
+
+/** The text of a log file; empty where criu did not get as far as to write one. */
+export function readLog(path: string): string {
+  try {
+    return readFileSync(path, 'utf8')
+  } catch {
+    return ''
+  }
+}
+
+/** One sentence for an error's message. */
+export function summarize(log: string, otherwise: string): string {
+  const lines = meaningfulLines(log)
+  return lines.length > 0 ? `criu says: ${lines.join('; ')}` : otherwise
+}
+
+/** CRIU's words for "this id is taken": clone3 with set_tid gave EEXIST. */
+export function isIdCollision(log: string): boolean {
+  return /(Can't fork for \d+|Unable to create a thread|clone3).*File exists|: File exists/.test(log)
+}
+
+export function isOutOfProcesses(log: string): boolean {
+  return /(Can't fork for \d+|Unable to create a thread|clone3?).*Resource temporarily unavailable/.test(log)
+}
