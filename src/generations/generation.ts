@@ -10,7 +10,7 @@ import { errnoOf, WarmforkError } from '../errors.js'
 import { checksumNow, decodeRuns, fileChecksum, hasStrayData, type Run, runsChecksum } from './checksum.js'
 import { IMAGE_DIRECTORY, walk } from './draft.js'
 import { currentPath } from './kept-files.js'
-import { type Holder, LEASE_DIRECTORY, Lease, surveyLeases } from './lease.js'
+import { type Holder, LEASE_DIRECTORY, Lease, ourselves, surveyLeases } from './lease.js'
 import { MANIFEST_FILE, type Manifest, readManifest, type StoredFile } from './manifest.js'
 import { differences, type Surroundings } from './surroundings.js'
 
@@ -30,13 +30,19 @@ export interface OpenOptions {
   readonly storeDirectory: string
   /** Whether the caller is the store's only supervisor; see `surveyLeases`. */
   readonly trustPids: boolean
+  /** Those that this process holds: the store lets them go when it is closed. */
+  readonly held: Set<Generation>
 }
+
+/** A millisecond apart. */
+const LEASE_ATTEMPTS = 4
 
 export class Generation {
   readonly number: number
   readonly imageDirectory: string
   readonly #traces: Trace[]
   readonly #options: OpenOptions
+  #hold: Lease | undefined
 
   private constructor(
     readonly directory: string,
@@ -187,12 +193,30 @@ export class Generation {
 
   /** Says that a process needs this generation, until it ends or gives the lease back. Throws GENERATION_NOT_FOUND, STORE_GONE. */
   lease(pid: number, startTicks: number): Lease {
-    try {
-      return Lease.take(this.directory, { pid, startTicks })
-    } catch (error) {
-      if (errnoOf(error) === 'ENOENT') throw this.#missing('its directory of leases is missing')
-      throw error
+    for (let attempt = 1; ; attempt++) {
+      try {
+        return Lease.take(this.directory, { pid, startTicks })
+      } catch (error) {
+        if (errnoOf(error) !== 'ENOENT') throw error
+        if (attempt === LEASE_ATTEMPTS) throw this.#missing('its directory of leases is missing')
+        // A prune in another process puts back, within microseconds, a generation that it finds to be needed.
+        Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1)
+      }
     }
+  }
+
+  /** Takes a lease for this process, until `letGo` or the end of the store's use. Throws as `lease` does; twice does no harm. */
+  hold(): void {
+    const { pid, startTicks } = ourselves()
+    this.#hold ??= this.lease(pid, startTicks)
+    this.#options.held.add(this)
+  }
+
+  /** Gives this process's lease back. */
+  letGo(): void {
+    this.#hold?.release()
+    this.#hold = undefined
+    this.#options.held.delete(this)
   }
 
   /** The living processes that need it. */

@@ -8,7 +8,7 @@
 import { closeSync, lstatSync, openSync, readdirSync, readlinkSync, unlinkSync } from 'node:fs'
 import { join } from 'node:path'
 import { errnoOf } from '../errors.js'
-import { bootId, isAlive } from '../linux/proc.js'
+import { bootId, isAlive, stat } from '../linux/proc.js'
 
 export const LEASE_DIRECTORY = 'leases'
 
@@ -18,8 +18,12 @@ export interface Holder {
   readonly startTicks: number
 }
 
+/** How many leases that we have granted share one file, by its path: the same process may hold a generation twice. */
+const shared = new Map<string, number>()
+
 export class Lease implements Holder {
   readonly #path: string | undefined
+  #released = false
 
   private constructor(
     readonly pid: number,
@@ -35,17 +39,20 @@ export class Lease implements Holder {
    */
   static take(generationDirectory: string, holder: Holder): Lease {
     const path = join(generationDirectory, LEASE_DIRECTORY, leaseName(holder))
+    const sharers = shared.get(path) ?? 0
     try {
       closeSync(openSync(path, 'wx', 0o600))
     } catch (error) {
       const errno = errnoOf(error)
-      if (errno === 'ENOSPC' || errno === 'EDQUOT' || errno === 'EROFS')
+      if (errno === 'ENOSPC' || errno === 'EDQUOT' || errno === 'EROFS') {
         return new Lease(holder.pid, holder.startTicks, undefined)
+      }
       if (errno !== 'EEXIST') throw error
     }
     // A prune may have moved the directory away while the file was made. Where the path still leads to it, the move, if it
     // comes, comes later, and the prune looks for leases after it.
     lstatSync(path)
+    shared.set(path, sharers + 1)
     return new Lease(holder.pid, holder.startTicks, path)
   }
 
@@ -56,8 +63,27 @@ export class Lease implements Holder {
 
   /** Gives it back. Twice does no harm, nor does a generation that is gone. */
   release(): void {
-    if (this.#path !== undefined) remove(this.#path)
+    const path = this.#path
+    if (path === undefined || this.#released) return
+    this.#released = true
+    const sharers = (shared.get(path) ?? 1) - 1
+    if (sharers > 0) {
+      shared.set(path, sharers)
+      return
+    }
+    shared.delete(path)
+    remove(path)
   }
+}
+
+/** The lease of this process in a directory that nobody can see yet; `take` finds it later. */
+export function plantLease(generationDirectory: string): void {
+  closeSync(openSync(join(generationDirectory, LEASE_DIRECTORY, leaseName(ourselves())), 'wx', 0o600))
+}
+
+/** This process, as a holder. */
+export function ourselves(): Holder {
+  return { pid: process.pid, startTicks: stat(process.pid)?.startTicks ?? 0 }
 }
 
 /** What is in the directory: living holders, and the files of dead ones. */

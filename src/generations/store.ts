@@ -8,7 +8,7 @@
  *     <root>/<name>/generations/.tmp-…        one in the making; .dead-… one being removed
  */
 import { randomBytes } from 'node:crypto'
-import { constants, type Dirent, existsSync, lstatSync, readFileSync } from 'node:fs'
+import { constants, type Dirent, existsSync, lstatSync, readFileSync, renameSync } from 'node:fs'
 import { chmod, chown, type FileHandle, open, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { errnoOf, WarmforkError } from '../errors.js'
@@ -19,7 +19,7 @@ import { checkExec, checkName, checkSafe, defaultRoot, ensureDirectory, storeErr
 import { Draft } from './draft.js'
 import { Generation } from './generation.js'
 import type { EarlierCopy } from './kept-files.js'
-import { removeDead, surveyLeases } from './lease.js'
+import { plantLease, removeDead, surveyLeases } from './lease.js'
 import { encodeManifest, FORMAT_VERSION, type Json, MANIFEST_FILE, type Manifest } from './manifest.js'
 import type { Surroundings } from './surroundings.js'
 
@@ -103,6 +103,7 @@ export class Store {
   #lock: FileHandle | undefined
   /** Of the directory that was opened: a store that was removed and made again by somebody is not ours. */
   readonly #inode: number | undefined
+  readonly #held = new Set<Generation>()
   #closed = false
   readonly #creating = new Set<Promise<unknown>>()
   #reserving: Promise<unknown> = Promise.resolve()
@@ -162,7 +163,7 @@ export class Store {
 
   /**
    * Makes a generation: `fill` fills a temporary directory, which is then sealed, synced and renamed to its number. Whatever fails
-   * leaves nothing of it. Throws what `fill` throws; DISK_FULL, STORE_UNWRITABLE, STORE_GONE, STOPPED.
+   * leaves nothing of it. This process holds the new one until it calls `letGo`, or else a prune could take it away at once. Throws what `fill` throws; DISK_FULL, STORE_UNWRITABLE, STORE_GONE, STOPPED.
    */
   async create(meta: NewGeneration, fill: (draft: Draft) => Promise<Filled>): Promise<Generation> {
     const tried = `make a generation in ${this.directory}`
@@ -224,10 +225,14 @@ export class Store {
       await sync(path)
       await this.#give(temporary, 0o710)
       await sync(temporary)
+      // Before anybody can see it, so that no prune comes in between.
+      plantLease(temporary)
       await rename(temporary, directory)
       made = directory
       await sync(this.#generations)
-      return await this.#open(number)
+      const generation = await this.#open(number)
+      generation.hold()
+      return generation
     } catch (error) {
       await removeTree(made).catch(() => undefined)
       throw error
@@ -296,10 +301,11 @@ export class Store {
     }
   }
 
-  /** Waits for what is in the making and gives the lock back. Twice does no harm. */
+  /** Waits for what is in the making, lets go what this process holds and gives the lock back. Twice does no harm. */
   async close(): Promise<void> {
     this.#closed = true
     await Promise.all(this.#creating)
+    for (const generation of this.#held) generation.letGo()
     const lock = this.#lock
     this.#lock = undefined
     if (!lock) return
@@ -337,16 +343,17 @@ export class Store {
     const inUse = this.#inUse(path)
     if (inUse !== undefined) return inUse
     // Out of the way first, so that nobody can take a lease any more; then look again, for one that was taken meanwhile.
+    // All at once, so that a lease that is wanted by this very process never falls in between.
     const dead = join(this.#generations, `.dead-${number}-${ownMark()}`)
     try {
-      await rename(path, dead)
+      renameSync(path, dead)
     } catch (error) {
       if (errnoOf(error) === 'ENOENT') return undefined
       throw error
     }
     const taken = this.#inUse(dead)
     if (taken !== undefined) {
-      await rename(dead, path)
+      renameSync(dead, path)
       return taken
     }
     await removeTree(dead)
@@ -396,7 +403,7 @@ export class Store {
   }
 
   #open(number: number): Promise<Generation> {
-    const options = { storeDirectory: this.directory, trustPids: this.#lock !== undefined }
+    const options = { storeDirectory: this.directory, trustPids: this.#lock !== undefined, held: this.#held }
     return Generation.open(this.#path(number), number, options)
   }
 
@@ -453,7 +460,12 @@ async function takeLock(directory: string): Promise<FileHandle> {
   const handle = await open(path, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600).catch((cause) => {
     if (errnoOf(cause) !== 'ELOOP') throw cause
     const happened = `${path} is a symbolic link`
-    throw new WarmforkError('STORE_UNSAFE', { tried: `open the store at ${directory}`, happened, remedy: 'Remove it.', cause })
+    throw new WarmforkError('STORE_UNSAFE', {
+      tried: `open the store at ${directory}`,
+      happened,
+      remedy: 'Remove it.',
+      cause,
+    })
   })
   try {
     if (!tryLock(handle.fd)) {
