@@ -216,10 +216,14 @@ static long next_region(struct maps *maps, uintptr_t from, int files, struct reg
   return 1;
 }
 
-/* The first page-file region in [from, to): 1, 0, or -errno. */
+/*
+ * The first page-file region in [from, to): 1, 0, or -errno. Only a search through everything asks for file mappings
+ * alone: the kernel then walks over all others up to the next one (70 us with 2,000 of them).
+ */
 static long next_page_file(struct maps *maps, uintptr_t from, uintptr_t to, struct region *region) {
+  int files = to == ~0UL;
   for (;;) {
-    long found = next_region(maps, from, 1, region);
+    long found = next_region(maps, from, files, region);
     if (found != 1) return found;
     if (region->start >= to) return 0;
     if (region->kind == PAGE_FILE) {
@@ -345,10 +349,11 @@ static void discard_range(struct work *work, struct maps *maps) {
 
 /*
  * Up to this size a range is first tried with MADV_FREE, which the kernel refuses on file mappings: no descriptor, and
- * for small ranges cheaper than asking for the maps. The content is doomed in either case. Measured: see README of the
- * shim in docs; both ways cost the same at about this size.
+ * for small ranges cheaper than asking for the maps. The content is doomed in either case. Measured on Linux 6.18, us a
+ * call on touched pages: 1 page 0.7 plain, 1.8 with this, 3.2 with open, PROCMAP_QUERY and close; 4 pages 1.2, 3.1, 3.8;
+ * 16 pages 3.4, 8.5, 6.2. Asking costs 2.5 us whatever the size.
  */
-#define PROBE_BYTES (64 * PAGE_BYTES)
+#define PROBE_BYTES (4 * PAGE_BYTES)
 
 static long discard(uintptr_t start, size_t length, int advice) {
   uintptr_t end = start + page_up(length);

@@ -113,6 +113,11 @@ export function whyWithoutShim(pid: number): string | undefined {
   return `The loader did not load ${shim}: the user of the process cannot read it, its file system is mounted noexec, or the process has gained capabilities.`
 }
 
+/** Whether a process runs a program built by Go, whose runtime clears the memory that it uses again. */
+export function isGoProgram(pid: number): boolean {
+  return inspectProgram(`/proc/${pid}/exe`)?.go ?? false
+}
+
 /**
  * Whether the shim can look at its own mappings in this process. In a root directory without /proc it cannot, and then
  * it refuses to discard memory (EAGAIN); such a process is restored by copying.
