@@ -7,7 +7,7 @@ import { closeSync, constants, openSync, readSync } from 'node:fs'
 import { Socket } from 'node:net'
 import { Readable, Writable } from 'node:stream'
 import pidusage from 'pidusage'
-import { type Endable, endTree, killTree } from './ending.js'
+import { endTrees } from './ending.js'
 import type { ForkedProcess } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
 import { descendants, isAlive, memoryUse } from './linux/proc.js'
@@ -125,6 +125,11 @@ export class Child extends EventEmitter<ChildEvents> {
     return new Date(this.#parkedSince)
   }
 
+  /** The same as `exit`. @internal */
+  get exited(): Promise<ExitStatus> {
+    return this.exit
+  }
+
   /** Its exit status, once it has ended. */
   get exitStatus(): ExitStatus | undefined {
     return this.#exitStatus
@@ -199,8 +204,8 @@ export class Child extends EventEmitter<ChildEvents> {
 
   /** Ends it and what it has started: SIGTERM, then SIGKILL after the grace time. A parked child is killed at once. */
   async end(options: EndOptions = {}): Promise<ExitStatus> {
-    if (this.#state === 'parked') await killTree(this.#endable())
-    else if (this.#state === 'running') await endTree(this.#endable(), options.graceMs ?? this.#stopTimeoutMs)
+    const graceMs = this.#state === 'parked' ? 0 : (options.graceMs ?? this.#stopTimeoutMs)
+    if (this.#state !== 'ended') await endTrees([this], graceMs)
     return this.exit
   }
 
@@ -285,10 +290,6 @@ export class Child extends EventEmitter<ChildEvents> {
   async [Symbol.asyncDispose](): Promise<void> {
     await this.end()
     this.close()
-  }
-
-  #endable(): Endable {
-    return { pid: this.pid, exited: this.exit, kill: (signal) => this.kill(signal) }
   }
 
   #requirePipes(name: string): void {

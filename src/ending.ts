@@ -1,6 +1,6 @@
 /**
- * Ends a process with all that it has started: SIGTERM to the process, which may end in peace and take its own along, then
- * SIGKILL to whatever is left. It knows processes by id and start time, and nothing of templates, children or engines.
+ * Ends processes with all that they have started: SIGTERM to each, which may end in peace and take its own along, then SIGKILL to
+ * whatever is left. It knows processes by id and start time, and nothing of templates, children or engines.
  */
 import { setTimeout as sleep } from 'node:timers/promises'
 import { allPids, isAlive, type ProcStat, stat } from './linux/proc.js'
@@ -16,74 +16,75 @@ export interface Endable {
 }
 
 /**
- * The processes of a session and their descendants, the leader's own descendants too where they left the session. Templates and
- * children lead a session each, so that what they started can be told even after they have ended and others adopted it.
+ * The processes of some sessions and their descendants, without zombies. Templates and children lead a session each, so that what
+ * they started can be told even after they have ended and others adopted it. One scan of /proc, however many sessions.
  */
-export function sessionMembers(leader: number): ProcStat[] {
-  if (!ON_LINUX) return []
-  const all = allPids().flatMap((pid) => stat(pid) ?? [])
-  const found = new Set<number>([leader])
-  const members: ProcStat[] = []
-  // A process can stand before its parent in the list, since ids wrap: look until nothing is added.
-  for (let before = -1; before !== members.length; ) {
-    before = members.length
-    for (const process of all) {
-      if (process.pid === leader ? members.some((member) => member.pid === leader) : found.has(process.pid)) continue
-      if (process.pid !== leader && process.sid !== leader && !found.has(process.ppid)) continue
-      found.add(process.pid)
-      members.push(process)
-    }
+export function sessionMembers(leaders: ReadonlySet<number>): ProcStat[] {
+  if (!ON_LINUX || leaders.size === 0) return []
+  const all = new Map(
+    allPids()
+      .flatMap((pid) => stat(pid) ?? [])
+      .map((each) => [each.pid, each]),
+  )
+  const known = new Map<number, boolean>()
+  const belongs = (process_: ProcStat): boolean => {
+    let answer = known.get(process_.pid)
+    if (answer !== undefined) return answer
+    // For the time of the walk, should the ids have changed under it into a circle.
+    known.set(process_.pid, false)
+    const parent = all.get(process_.ppid)
+    answer = leaders.has(process_.pid) || leaders.has(process_.sid) || (parent !== undefined && belongs(parent))
+    known.set(process_.pid, answer)
+    return answer
   }
-  return members.filter((member) => member.state !== 'Z' && member.state !== 'X')
+  return [...all.values()].filter((each) => each.state !== 'Z' && each.state !== 'X' && belongs(each))
 }
 
 /** Sends a signal to a process only if it is still the one that was seen. */
-function signalIfSame(process_: ProcStat, signal: NodeJS.Signals): void {
-  if (!isAlive(process_.pid, process_.startTicks)) return
+export function signalIfSame(seen: ProcStat, signal: NodeJS.Signals): void {
+  if (!isAlive(seen.pid, seen.startTicks)) return
   try {
-    process.kill(process_.pid, signal)
+    process.kill(seen.pid, signal)
   } catch {
     // It ended in between, which is what was wanted.
   }
 }
 
-/** Ends at once. SIGKILL reaches stopped processes too. */
-export async function killTree(target: Endable): Promise<void> {
-  const members = sessionMembers(target.pid)
-  target.kill('SIGKILL')
-  if (!ON_LINUX) killGroup(target.pid)
-  for (const member of members) if (member.pid !== target.pid) signalIfSame(member, 'SIGKILL')
-  await target.exited
-}
-
 /**
- * Ends within a time: SIGTERM, `graceMs` for the process and for what it started, then SIGKILL for the rest. Resolves when
- * the process itself has ended.
+ * Ends within a time: SIGTERM, `graceMs` for the processes and for what they started, then SIGKILL for the rest; with 0, SIGKILL at
+ * once. Resolves when the processes themselves have ended.
  */
-export async function endTree(target: Endable, graceMs: number): Promise<void> {
-  const members = sessionMembers(target.pid)
-  const deadline = Date.now() + graceMs
-  target.kill('SIGTERM')
-  // What is stopped does not see a SIGTERM before it is continued.
-  target.kill('SIGCONT')
-  const left = new AbortController()
-  await Promise.race([target.exited, sleep(graceMs, undefined, { signal: left.signal }).catch(() => {})])
-  left.abort()
-  if (!ON_LINUX) {
-    target.kill('SIGKILL')
-    killGroup(target.pid)
-    await target.exited
-    return
-  }
+export async function endTrees(targets: readonly Endable[], graceMs: number): Promise<void> {
+  if (targets.length === 0) return
+  const leaders = new Set(targets.map((target) => target.pid))
+  const members = sessionMembers(leaders)
+  const startTicks = new Map(members.map((member) => [member.pid, member.startTicks]))
   const others = () => {
-    const now = new Map([...members, ...sessionMembers(target.pid)].map((member) => [member.pid, member]))
-    now.delete(target.pid)
-    return [...now.values()].filter((member) => isAlive(member.pid, member.startTicks))
+    // The id of one that has ended can be somebody else's by now, whose children are no business of ours.
+    const ours = [...leaders].filter((pid) => (stat(pid)?.startTicks ?? startTicks.get(pid)) === startTicks.get(pid))
+    const found = new Map([...members, ...sessionMembers(new Set(ours))].map((member) => [member.pid, member]))
+    return [...found.values()].filter((each) => !leaders.has(each.pid) && isAlive(each.pid, each.startTicks))
   }
-  while (Date.now() < deadline && others().length > 0) await sleep(LOOK_AGAIN_MS)
-  target.kill('SIGKILL')
-  for (const member of others()) signalIfSame(member, 'SIGKILL')
-  await target.exited
+  const ended = Promise.all(targets.map((target) => target.exited))
+  if (graceMs > 0) {
+    const deadline = Date.now() + graceMs
+    for (const target of targets) {
+      target.kill('SIGTERM')
+      // What is stopped does not see a SIGTERM before it is continued.
+      target.kill('SIGCONT')
+    }
+    const over = new AbortController()
+    await Promise.race([ended, sleep(graceMs, undefined, { signal: over.signal }).catch(() => {})])
+    over.abort()
+    while (ON_LINUX && Date.now() < deadline && others().length > 0) await sleep(LOOK_AGAIN_MS)
+  }
+  const left = others()
+  for (const target of targets) {
+    target.kill('SIGKILL')
+    if (!ON_LINUX) killGroup(target.pid)
+  }
+  for (const member of left) signalIfSame(member, 'SIGKILL')
+  await ended
 }
 
 function killGroup(leader: number): void {

@@ -1,5 +1,5 @@
 /** The public API: re-exports only. */
-export type { Child, ChildEvents, ChildState, ChildStats, EndOptions } from './child.js'
+export { Child, type ChildEvents, type ChildState, type ChildStats, type EndOptions } from './child.js'
 export type { EngineName, GenerationInfo, MemoryMode } from './engines/engine.js'
 export { ERROR_CODES, type ErrorCode, type ErrorDetails, WarmforkError } from './errors.js'
 export type { ExitStatus } from './linux/reaper.js'

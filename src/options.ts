@@ -3,12 +3,13 @@
  * what comes from configuration files and plain JavaScript to the same rules. This file starts nothing and reads no disk.
  */
 import { createHash } from 'node:crypto'
-import { homedir, tmpdir } from 'node:os'
+import { tmpdir } from 'node:os'
 import { basename, extname, isAbsolute, join, resolve } from 'node:path'
 import type { Logger } from 'pino'
 import { z } from 'zod'
 import type { MemoryMode } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
+import { defaultRoot } from './generations/directories.js'
 
 /** What a condition or a warm-up of the embedder's sees of the template. */
 export interface TemplateView {
@@ -150,7 +151,7 @@ export interface TemplateOptions {
 export interface PoolOptions {
   /**
    * How many children are kept parked. 0: each fork is made when it is asked for.
-   * @default 1
+   * @default 1, or 0 where `stdio` is not 'pipe'
    */
   size?: number
   /**
@@ -212,7 +213,7 @@ export interface SupervisorOptions {
   name?: string
   /**
    * The directory of the generations; it must be on a file system that allows `exec`.
-   * @default `/var/lib/warmfork` for root, else `$XDG_DATA_HOME/warmfork` or `~/.local/share/warmfork`
+   * @default `$WARMFORK_STORE`, `/var/lib/warmfork` for root, else `$XDG_STATE_HOME/warmfork` or `~/.local/state/warmfork`
    */
   store?: string
   /**
@@ -561,7 +562,7 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
     cwd,
     env: withoutUndefined(input.env ?? process.env),
     name: input.name ?? defaultName(input.command, cwd),
-    store: resolve(input.store ?? defaultStore()),
+    store: resolve(input.store ?? defaultRoot()),
     runtimeDirectory: resolve(input.runtimeDirectory ?? defaultRuntimeDirectory()),
     engine: input.engine ?? 'auto',
     memory: input.memory ?? 'auto',
@@ -569,7 +570,8 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
     warmup: input.warmup === undefined ? undefined : warmup(input.warmup),
     template,
     pool: {
-      size: input.pool?.size ?? 1,
+      // A parked child has pipes: it is of no use where forks get other descriptors.
+      size: input.pool?.size ?? ((input.stdio ?? 'pipe') === 'pipe' ? 1 : 0),
       maxParkedMs: input.pool?.maxParkedMs ?? 60_000,
       refillConcurrency: input.pool?.refillConcurrency ?? 2,
     },
@@ -633,13 +635,6 @@ export function defaultName(command: readonly [string, ...string[]], cwd: string
 }
 
 const isRoot = () => process.getuid?.() === 0
-
-/** See `SupervisorOptions.store`. */
-export function defaultStore(): string {
-  const data = process.env.XDG_DATA_HOME
-  if (isRoot()) return '/var/lib/warmfork'
-  return join(data && isAbsolute(data) ? data : join(homedir(), '.local/share'), 'warmfork')
-}
 
 /** See `SupervisorOptions.runtimeDirectory`. */
 export function defaultRuntimeDirectory(): string {

@@ -1,4 +1,11 @@
+/**
+ * The parked children: keeps a number of them ready and hands out the oldest. It knows children and how to ask for a new one, not
+ * how one is made.
+ */
+import PQueue from 'p-queue'
+import { backoffMs } from './backoff.js'
 import type { Child } from './child.js'
+import { errnoOf, WarmforkError } from './errors.js'
 
 export interface PoolState {
   /** How many are to be parked. */
@@ -7,4 +14,185 @@ export interface PoolState {
   readonly parked: readonly Child[]
   /** How many are being made. */
   readonly starting: number
+}
+
+export interface PoolSettings {
+  readonly size: number
+  readonly maxParkedMs: number
+  readonly refillConcurrency: number
+  /** Makes a child that is parked. */
+  readonly make: () => Promise<Child>
+  readonly warn: (kind: string, message: string, cause?: unknown) => void
+}
+
+/** A child that ends this soon after it was parked counts as a refill that failed: making the next at once would go on for ever. */
+const SOON_MS = 1_000
+
+export class Pool {
+  readonly #settings: PoolSettings
+  readonly #queue: PQueue
+  /** Oldest first. */
+  readonly #parked: Child[] = []
+  /** Refills that wait or are under way. */
+  #starting = 0
+  #failures = 0
+  #closed = false
+  #retry: NodeJS.Timeout | undefined
+  #expiry: NodeJS.Timeout | undefined
+  /** Those that were put out and are being ended. */
+  readonly #ending = new Set<Promise<unknown>>()
+  readonly #replacing = new Set<Child>()
+
+  constructor(settings: PoolSettings) {
+    this.#settings = settings
+    this.#queue = new PQueue({ concurrency: settings.refillConcurrency })
+  }
+
+  get state(): PoolState {
+    return { size: this.#settings.size, parked: [...this.#parked], starting: this.#starting }
+  }
+
+  /**
+   * Fills the pool for the first time.
+   * @throws the error of the first fork that fails: a supervisor that cannot fork at all should not start
+   */
+  async fill(): Promise<void> {
+    const { size } = this.#settings
+    const made = Array.from({ length: size }, () => this.#add())
+    const failed = (await Promise.allSettled(made)).find((result) => result.status === 'rejected')
+    if (failed) throw failed.reason
+  }
+
+  /** Continues the oldest parked child and gives it; undefined where there is none. The place is filled again. */
+  claim(): Child | undefined {
+    for (let child = this.#parked.shift(); child; child = this.#parked.shift()) {
+      // The refill is work for the same two hands: it begins when the claim has been answered.
+      setImmediate(() => this.#refill())
+      try {
+        child.resume()
+        return child
+      } catch (error) {
+        // It died in this moment. There may be others.
+        if (!(error instanceof WarmforkError) || error.code !== 'CHILD_GONE') throw error
+      }
+    }
+    return undefined
+  }
+
+  /** Ends all parked children, and waits for those under way. */
+  async close(): Promise<void> {
+    this.#closed = true
+    clearTimeout(this.#retry)
+    clearTimeout(this.#expiry)
+    this.#queue.clear()
+    for (const child of this.#parked.splice(0)) this.#end(child)
+    await this.#queue.onIdle()
+    await Promise.all(this.#ending)
+  }
+
+  #refill(): void {
+    if (this.#closed || this.#retry) return
+    while (this.#parked.length - this.#replacing.size + this.#starting < this.#settings.size) {
+      this.#add().catch((error) => this.#failed(error))
+    }
+  }
+
+  async #add(): Promise<void> {
+    this.#starting++
+    try {
+      const child = await this.#queue.add(async () => (this.#closed ? undefined : this.#settings.make()))
+      if (!child) return
+      if (this.#closed) this.#end(child)
+      else this.#park(child)
+    } finally {
+      this.#starting--
+    }
+  }
+
+  #park(child: Child): void {
+    this.#parked.push(child)
+    child.onStrayResume = () => {
+      if (!this.#remove(child)) return
+      this.#end(child)
+      this.#settings.warn('stray-resume', `parked child ${child.pid} was continued by somebody else, and is replaced`)
+      this.#refill()
+    }
+    child.exit.then((status) => {
+      if (!this.#remove(child)) return
+      const how = status.signal ? `by ${status.signal}` : `with status ${status.code}`
+      const error = new WarmforkError('CHILD_GONE', {
+        tried: 'keep a child parked',
+        happened: `child ${child.pid} ended ${how}`,
+      })
+      if (Date.now() - child.parkedAt.getTime() < SOON_MS) this.#failed(error)
+      else {
+        this.#settings.warn('parked-ended', `parked child ${child.pid} ended ${how}, and is replaced`, error)
+        this.#refill()
+      }
+    })
+    if (child.state === 'parked') setTimeout(() => this.#settled(child), SOON_MS).unref()
+    this.#scheduleExpiry()
+  }
+
+  /** A parked child that has lived for a while: forks work. */
+  #settled(child: Child): void {
+    if (child.state !== 'ended') this.#failures = 0
+  }
+
+  #remove(child: Child): boolean {
+    this.#replacing.delete(child)
+    const at = this.#parked.indexOf(child)
+    if (at >= 0) this.#parked.splice(at, 1)
+    return at >= 0
+  }
+
+  #failed(error: unknown): void {
+    if (this.#closed) return
+    const delayMs = backoffMs(++this.#failures)
+    const reason = error instanceof Error ? error.message : String(errnoOf(error) ?? error)
+    this.#settings.warn(
+      'refill-failed',
+      `the pool could not be refilled and waits ${Math.round(delayMs)} ms: ${reason}`,
+      error,
+    )
+    // A failure during the wait makes it longer.
+    clearTimeout(this.#retry)
+    this.#retry = setTimeout(() => {
+      this.#retry = undefined
+      this.#refill()
+    }, delayMs).unref()
+  }
+
+  #scheduleExpiry(): void {
+    clearTimeout(this.#expiry)
+    const oldest = this.#parked.find((child) => !this.#replacing.has(child))
+    if (!oldest || this.#closed) return
+    const inMs = oldest.parkedAt.getTime() + this.#settings.maxParkedMs - Date.now()
+    this.#expiry = setTimeout(() => this.#replace(oldest), Math.max(0, inMs)).unref()
+  }
+
+  /** Makes another first and then ends the old one, so that the pool does not run empty. */
+  #replace(old: Child): void {
+    if (this.#parked.includes(old)) {
+      this.#replacing.add(old)
+      this.#add()
+        .then(() => {
+          if (this.#remove(old)) this.#end(old)
+        })
+        .catch((error) => {
+          this.#failed(error)
+          // The next refill is in its place.
+          if (this.#remove(old)) this.#end(old)
+        })
+    }
+    this.#scheduleExpiry()
+  }
+
+  #end(child: Child): void {
+    const ended = child.end({ graceMs: 0 }).finally(() => {
+      child.close()
+      this.#ending.delete(ended)
+    })
+    this.#ending.add(ended)
+  }
 }

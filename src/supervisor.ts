@@ -2,14 +2,28 @@
  * The supervisor: template → generations → pool → children. It ties the parts together and ends what it has made; it knows no
  * image, no CRIU and no command line.
  */
+import { randomBytes } from 'node:crypto'
 import { EventEmitter } from 'node:events'
-import type { Child, ChildStats, EndOptions } from './child.js'
-import type { EngineName, GenerationInfo } from './engines/engine.js'
-import type { ErrorCode } from './errors.js'
-import type { MemoryUse } from './linux/proc.js'
+import { chmodSync, mkdirSync } from 'node:fs'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { destination, type Logger, pino } from 'pino'
+import { CrashBackoff } from './backoff.js'
+import { Child, type ChildStats } from './child.js'
+import { endTrees } from './ending.js'
+import type { Engine, EngineName, ForkSource, GenerationInfo, StdioFds } from './engines/engine.js'
+import { SpawnEngine } from './engines/spawn/engine.js'
+import { type ErrorCode, errnoOf, WarmforkError } from './errors.js'
+import type { Guard } from './guard/guard.js'
+import { type MemoryUse, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
-import type { StdioOption, SupervisorOptions } from './options.js'
-import type { PoolState } from './pool.js'
+import { badOption, type ResolvedOptions, resolveOptions, type StdioOption, type SupervisorOptions } from './options.js'
+import { Pool, type PoolState } from './pool.js'
+import { untilReady } from './readiness.js'
+import { untilAtRest } from './rest.js'
+import { Template } from './template.js'
+import { type Identity, resolveIdentity } from './user.js'
+import { warmUp } from './warmup.js'
 
 export type SupervisorState = 'starting' | 'running' | 'stopping' | 'stopped'
 
@@ -18,7 +32,7 @@ export type StartPhase = 'boot' | 'ready' | 'warmup' | 'rest' | 'checkpoint' | '
 
 /** Something that goes on working, but not as the user may think. */
 export interface Warning {
-  /** Names the kind: `engine-spawn`, `memory-copy`, `refill-failed`, `stray-resume`, `crashes`, `parked-ended`. */
+  /** Names the kind: `engine-spawn`, `no-guard`, `generation`, `refill-failed`, `stray-resume`, `parked-ended`, `crashes`. */
   readonly kind: string
   /** What is the case, why, and what to do. */
   readonly message: string
@@ -101,6 +115,16 @@ export interface StopOptions {
   graceMs?: number
 }
 
+/** Longest delay of a Node timer. */
+const FOREVER_MS = 2 ** 31 - 1
+
+const FORK_KEYS = ['stdio', 'signal', 'args', 'env', 'cwd', 'data'] as const
+const AGENT_KEYS = ['args', 'env', 'cwd', 'data'] as const
+const INHERITED: StdioFds = [0, 1, 2]
+
+/** Errors that say that CRIU cannot work here, in contrast to a failure of it. */
+const CRIU_CANNOT: ReadonlySet<ErrorCode> = new Set<ErrorCode>(['CRIU_MISSING', 'CRIU_TOO_OLD', 'CRIU_RIGHTS'])
+
 /**
  * Boots a program once and forks it from then on. It keeps the event loop alive until it is stopped.
  *
@@ -109,37 +133,559 @@ export interface StopOptions {
  * const child = await supervisor.fork()
  * ```
  */
-export declare class Supervisor extends EventEmitter<SupervisorEvents> {
+export class Supervisor extends EventEmitter<SupervisorEvents> {
+  readonly name: string
+  readonly store: string
+  readonly runtimeDirectory: string
+
+  readonly #options: ResolvedOptions
+  readonly #log: Logger
+  readonly #startedAt = new Date()
+  /** Marks all that is started for this supervisor, in its environment. */
+  readonly #token = randomBytes(12).toString('hex')
+  readonly #keepAlive = setInterval(() => {}, FOREVER_MS)
+  /** Aborted by a stop, and by the signal of the start. */
+  readonly #over = new AbortController()
+  readonly #crashes: CrashBackoff
+  readonly #children = new Set<Child>()
+  /** Ended, with pipes open that others hold too. */
+  readonly #holding = new Set<Child>()
+  readonly #inFlight = new Set<Promise<unknown>>()
+  readonly #generations: GenerationInfo[] = []
+  readonly #warnings: Warning[] = []
+  readonly #forks = { fromPool: 0, direct: 0, failed: 0 }
+  #state: SupervisorState = 'starting'
+  #starting: Promise<void> = Promise.resolve()
+  #stopping: Promise<void> | undefined
+  #identity: Identity | undefined
+  #directory = ''
+  #guard: Guard | undefined
+  #engine: Engine | undefined
+  #template: Template | undefined
+  #readyMs = 0
+  #source: ForkSource | undefined
+  #pool: Pool | undefined
+
+  private constructor(options: ResolvedOptions) {
+    super()
+    this.#options = options
+    this.name = options.name
+    this.store = options.store
+    this.runtimeDirectory = options.runtimeDirectory
+    this.#crashes = new CrashBackoff(options.crashes)
+    this.#log = typeof options.log === 'string' ? levelLogger(options.log) : options.log
+  }
+
   /**
    * Boots the template, checkpoints it and fills the pool. Resolves when forks can be had.
    * @throws BAD_OPTION, TEMPLATE_START_FAILED, TEMPLATE_EXITED, TEMPLATE_NOT_READY, WARMUP_FAILED, NOT_AT_REST, CHECKPOINT_FAILED,
    * the errors of the store and those of a first fork
    */
-  static start(options: SupervisorOptions, start?: StartOptions): Promise<Supervisor>
-  readonly name: string
-  get state(): SupervisorState
-  /** The engine in use. */
-  get engine(): EngineName
+  static async start(options: SupervisorOptions, start: StartOptions = {}): Promise<Supervisor> {
+    const supervisor = new Supervisor(resolveOptions(options))
+    const { signal } = start
+    const onAbort = () => supervisor.#over.abort(signal!.reason)
+    try {
+      start.onCreate?.(supervisor)
+      signal?.throwIfAborted()
+      signal?.addEventListener('abort', onAbort)
+      supervisor.#starting = supervisor.#start()
+      await supervisor.#starting
+      if (supervisor.#state !== 'starting') throw supervisor.#stopped('start')
+      supervisor.#state = 'running'
+      return supervisor
+    } catch (error) {
+      await supervisor.stop()
+      throw error
+    } finally {
+      signal?.removeEventListener('abort', onAbort)
+    }
+  }
+
+  get state(): SupervisorState {
+    return this.#state
+  }
+
+  /** The engine in use; before one is chosen, `criu` or `spawn` as asked for. */
+  get engine(): EngineName {
+    return this.#engine?.name ?? (this.#options.engine === 'spawn' ? 'spawn' : 'criu')
+  }
+
   /** Children that run, oldest first. */
-  get children(): readonly Child[]
-  /** Number of the generation that forks come from. */
-  get generation(): number
-  get pool(): PoolState
-  get template(): TemplateState | undefined
+  get children(): readonly Child[] {
+    return [...this.#children]
+  }
+
+  /** Number of the generation that forks come from; 0 while there is none. */
+  get generation(): number {
+    return this.#source?.generation.number ?? 0
+  }
+
+  get pool(): PoolState {
+    return this.#pool?.state ?? { size: this.#options.pool.size, parked: [], starting: 0 }
+  }
+
+  get template(): TemplateState | undefined {
+    if (!this.#template) return undefined
+    const { pid, status } = this.#template
+    return { pid, running: status === undefined, readyMs: this.#readyMs, memory: status ? undefined : memoryUse(pid) }
+  }
+
   /** All warnings so far, those of the start too. */
-  get warnings(): readonly Warning[]
-  readonly runtimeDirectory: string
-  readonly store: string
+  get warnings(): readonly Warning[] {
+    return [...this.#warnings]
+  }
+
   /** The generations that this supervisor has made, oldest first. */
-  generations(): readonly GenerationInfo[]
+  generations(): readonly GenerationInfo[] {
+    return [...this.#generations]
+  }
+
   /**
    * A new child. Resolves when it is continued and its pid is known.
    * @throws NEEDS_AGENT, RESTORE_FAILED, TIMEOUT, PIDS_EXHAUSTED, FDS_EXHAUSTED, CRASH_LOOP, STOPPED
    */
-  fork(request?: ForkRequest): Promise<Child>
-  stats(): Promise<SupervisorStats>
+  async fork(request: ForkRequest = {}): Promise<Child> {
+    this.#requireRunning('fork')
+    const stdio = this.#checkRequest(request)
+    request.signal?.throwIfAborted()
+    await this.#waitForTurn(request.signal)
+    const startedAt = performance.now()
+    const claimed = stdio === undefined ? this.#pool?.claim() : undefined
+    const child = claimed ?? (await this.#forkDirectly(stdio, request.signal))
+    if (claimed) this.#forks.fromPool++
+    else this.#forks.direct++
+    this.#adopt(child, performance.now() - startedAt)
+    return child
+  }
+
+  /**
+   * Figures of the supervisor and all its children.
+   * @throws STOPPED
+   */
+  async stats(): Promise<SupervisorStats> {
+    if (this.#state === 'stopped') throw this.#stopped('give figures')
+    const children = await Promise.all(this.children.map((child) => child.stats().catch(() => undefined)))
+    return {
+      name: this.name,
+      state: this.#state,
+      engine: this.engine,
+      pid: process.pid,
+      command: this.#options.command,
+      startedAt: this.#startedAt,
+      uptimeMs: Date.now() - this.#startedAt.getTime(),
+      generation: this.generation,
+      template: this.template,
+      pool: this.pool,
+      children: children.filter((stats) => stats !== undefined),
+      forks: { ...this.#forks },
+    }
+  }
+
   /** Ends all that the supervisor has made. May be called at any time and again: each call resolves when it is done. */
-  stop(options?: StopOptions): Promise<void>
-  [Symbol.asyncDispose](): Promise<void>
+  stop(options: StopOptions = {}): Promise<void> {
+    this.#stopping ??= this.#stop(options.graceMs ?? this.#options.template.stopTimeoutMs)
+    return this.#stopping
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.stop()
+  }
+
+  async #start(): Promise<void> {
+    const { command, template: settings, ready, warmup, pool } = this.#options
+    const signal = this.#over.signal
+    this.#identity = await resolveIdentity(this.#options.user, this.#options.group)
+    signal.throwIfAborted()
+    await this.#startGuard()
+    signal.throwIfAborted()
+    this.#engine = await this.#openEngine()
+    signal.throwIfAborted()
+
+    const template = await this.#phase('boot', async () => {
+      this.#template = await this.#startTemplate()
+      return this.#template
+    })
+    template.on('output', (stream, chunk) => this.emit('templateOutput', stream, chunk))
+    await this.#phase('ready', () => untilReady(template, ready, command, signal))
+    this.#readyMs = Date.now() - template.startedAt
+    this.#log.info(`template=${this.name} pid=${template.pid} ready ms=${this.#readyMs}`)
+    if (warmup) await this.#phase('warmup', () => warmUp(template, warmup, this.#warmupSurroundings(), signal))
+    // A cold start carries nothing over that could be in hand.
+    if (this.#engine.name !== 'spawn') {
+      await this.#phase('rest', () => untilAtRest(template, command, settings.restTimeoutMs, signal))
+    }
+    const generation = await this.#phase('checkpoint', () => this.#checkpoint(template))
+    template.exited.then((status) => {
+      this.#log.info(`template=${this.name} pid=${template.pid} exited ${statusWords(status)}`)
+      this.emit('templateExit', status)
+    })
+    if (settings.afterCheckpoint === 'end') await template.end(settings.stopTimeoutMs)
+    this.#source = await this.#engine.open(generation.number)
+    signal.throwIfAborted()
+    this.#pool = new Pool({
+      ...pool,
+      make: () => this.#make(),
+      warn: (kind, message, cause) => this.#warn(kind, message, cause),
+    })
+    await this.#phase('pool', () => this.#pool!.fill())
+  }
+
+  async #phase<T>(phase: StartPhase, work: () => Promise<T>): Promise<T> {
+    const startedAt = performance.now()
+    const result = await work()
+    this.#over.signal.throwIfAborted()
+    this.emit('progress', phase, performance.now() - startedAt)
+    return result
+  }
+
+  async #startGuard(): Promise<void> {
+    const { runtimeDirectory, name } = this.#options
+    const parent = join(runtimeDirectory, name)
+    // Of this supervisor alone: another of the same name, which is about to be refused, must not touch it.
+    this.#directory = join(parent, `run-${this.#token}`)
+    try {
+      mkdirSync(runtimeDirectory, { recursive: true, mode: 0o700 })
+      for (const path of [parent, this.#directory]) mkdirSync(path, { recursive: true, mode: 0o700 })
+      // A worker of another user enters, and cannot list.
+      if (this.#identity) for (const path of [runtimeDirectory, parent, this.#directory]) chmodSync(path, 0o711)
+    } catch (cause) {
+      throw new WarmforkError('STORE_UNWRITABLE', {
+        tried: `make the runtime directory ${this.#directory}`,
+        happened: errnoOf(cause) ?? String(cause),
+        remedy: 'Make it writable, or choose another `runtimeDirectory`.',
+        cause,
+      })
+    }
+    if (process.platform !== 'linux') {
+      this.#warn('no-guard', 'on this platform nothing ends the children of a supervisor that is killed with SIGKILL')
+      return
+    }
+    // Loaded here, since it does not load anywhere else than on Linux.
+    const { Guard } = await import('./guard/guard.js')
+    this.#guard = await Guard.start(this.#token, {
+      onLost: (error) =>
+        this.#warn('no-guard', `nothing ends the children of a supervisor that is killed: ${error.message}`, error),
+    })
+    this.#guard.removeAtEnd(this.#directory)
+  }
+
+  async #openEngine(): Promise<Engine> {
+    const { engine } = this.#options
+    if (engine === 'spawn') return this.#spawnEngine()
+    try {
+      if (process.platform !== 'linux') {
+        throw new WarmforkError('CRIU_MISSING', {
+          tried: 'use the criu engine',
+          happened: `there is no CRIU for ${process.platform}`,
+          remedy: 'Run on Linux to fork by restoring.',
+        })
+      }
+      const { CriuEngine } = await import('./engines/criu/engine.js')
+      const { name, store, orphans, forkTimeoutMs } = this.#options
+      return await CriuEngine.open({
+        name,
+        store,
+        runtimeDirectory: this.#directory,
+        env: { PATH: process.env.PATH ?? '/usr/sbin:/usr/bin:/sbin:/bin', [this.#mark]: '1' },
+        registry: this.#guard!,
+        ...(this.#identity ? { worker: this.#identity } : {}),
+        deathSignal: orphans === 'end',
+        forkTimeoutMs,
+      })
+    } catch (error) {
+      const cannot = error instanceof WarmforkError && CRIU_CANNOT.has(error.code)
+      if (engine === 'criu' || !cannot) throw error
+      this.#warn('engine-spawn', `each fork is a cold start, since CRIU cannot be used here: ${error.message}`, error)
+      return this.#spawnEngine()
+    }
+  }
+
+  #spawnEngine(): Engine {
+    const { command, ready, warmup } = this.#options
+    return new SpawnEngine({
+      start: (stdio) => this.#startTemplate(stdio),
+      boot: async (signal) => {
+        const template = await this.#startTemplate()
+        try {
+          await untilReady(template, ready, command, signal)
+          if (warmup) await warmUp(template, warmup, this.#warmupSurroundings(), signal)
+          return template
+        } catch (error) {
+          await template.end(0)
+          throw error
+        }
+      },
+    })
+  }
+
+  get #mark(): string {
+    return `WARMFORK_ID_${this.#token}`
+  }
+
+  async #startTemplate(stdio?: StdioFds): Promise<Template> {
+    const { command, cwd, declaredEnv } = this.#options
+    const env = await this.#environment()
+    const template = await Template.start(
+      {
+        command,
+        cwd,
+        env,
+        declaredEnv: Object.fromEntries(
+          declaredEnv.flatMap((key) => (env[key] === undefined ? [] : [[key, env[key]]])),
+        ),
+        identity: this.#identity,
+      },
+      stdio,
+    )
+    this.#guard?.track(template.pid, template.startTicks)
+    template.exited.then(() => this.#guard?.forget(template.pid))
+    return template
+  }
+
+  async #environment(): Promise<Record<string, string>> {
+    const identity = this.#identity
+    // What a login would set; the supervisor's own are another user's.
+    const own = identity?.name
+      ? { USER: identity.name, LOGNAME: identity.name, ...(identity.home ? { HOME: identity.home } : {}) }
+      : {}
+    const env = { ...this.#options.env, ...own, [this.#mark]: '1' }
+    if (this.#engine?.name !== 'criu') return env
+    const { installShim, preloadEnvironment, shimPath, whyNotPreloadable } = await import('./shim/shim.js')
+    const built = shimPath()
+    if (built === undefined) return env
+    const others = identity !== undefined && identity.uid !== process.getuid?.()
+    if (!others && whyNotPreloadable(built) === undefined) return preloadEnvironment(env, built)
+    // In the store: the runtime directory is often mounted noexec.
+    return preloadEnvironment(env, installShim(join(this.store, this.name, 'shim')))
+  }
+
+  #warmupSurroundings() {
+    const { cwd, env } = this.#options
+    return { cwd, env: { ...env, [this.#mark]: '1' }, uid: this.#identity?.uid, gid: this.#identity?.gid }
+  }
+
+  async #checkpoint(template: Template): Promise<GenerationInfo> {
+    const { memory, checkpointTimeoutMs } = this.#options
+    let generation: GenerationInfo
+    try {
+      generation = await this.#engine!.checkpoint(template.source(), {
+        memory,
+        timeoutMs: checkpointTimeoutMs,
+        signal: this.#over.signal,
+      })
+    } catch (error) {
+      // That it ended says more than what was seen of it.
+      if (template.status) throw template.exitError('checkpoint the template', error)
+      throw error
+    }
+    this.#generations.push(generation)
+    const { number, rssBytes, checkpointMs } = generation
+    this.#log.info(`generation=${number} memory=${generation.memory} rss=${rssBytes} checkpoint ms=${checkpointMs}`)
+    for (const warning of generation.warnings) this.#warn('generation', warning)
+    this.emit('generation', generation)
+    return generation
+  }
+
+  /** A parked child. */
+  async #make(stdio?: StdioFds): Promise<Child> {
+    const forked = await this.#source!.fork({ ...(stdio ? { stdio } : {}), signal: this.#over.signal })
+    return new Child(forked, { stopTimeoutMs: this.#options.template.stopTimeoutMs })
+  }
+
+  async #forkDirectly(stdio: StdioFds | undefined, signal: AbortSignal | undefined): Promise<Child> {
+    const making = this.#make(stdio)
+    const settled = making.then(
+      () => {},
+      () => {},
+    )
+    this.#inFlight.add(settled)
+    settled.then(() => this.#inFlight.delete(settled))
+    const interrupted = abortOf([this.#over.signal, signal])
+    try {
+      const child = await Promise.race([making, interrupted.promise])
+      child.resume()
+      return child
+    } catch (error) {
+      this.#forks.failed++
+      // It may come yet, when nobody waits for it any more.
+      const put = making.then(async (child) => {
+        await child.end({ graceMs: 0 })
+        child.close()
+      })
+      const ended = put.catch(() => {})
+      this.#inFlight.add(ended)
+      ended.then(() => this.#inFlight.delete(ended))
+      throw this.#state === 'running' ? error : this.#stopped('fork')
+    } finally {
+      interrupted.off()
+    }
+  }
+
+  #adopt(child: Child, ms: number): void {
+    this.#children.add(child)
+    if (this.#options.orphans === 'leave') this.#guard?.spare(child.pid)
+    this.#log.info(`child pid=${child.pid} gen=${child.generation} forked ms=${ms.toFixed(1)}`)
+    child.exit.then((status) => this.#ended(child, status))
+    this.emit('child', child)
+  }
+
+  #ended(child: Child, status: ExitStatus): void {
+    this.#children.delete(child)
+    if (child.holdsDescriptors) this.#holding.add(child)
+    this.#log.info(`child pid=${child.pid} gen=${child.generation} exited ${statusWords(status)}`)
+    if (this.#state === 'running') {
+      const ranMs = Date.now() - (child.forkedAt?.getTime() ?? 0)
+      if (this.#crashes.ended(status, ranMs) && this.#crashes.isDelaying) {
+        const what = this.#crashes.isLoop ? 'no more forks are made' : 'further forks are delayed'
+        this.#warn('crashes', `${this.#crashes.crashes} children in a row crashed right after their fork, ${what}`)
+      }
+    }
+    this.emit('childExit', child, status)
+  }
+
+  /** @returns descriptors, or undefined for pipes */
+  #checkRequest(request: ForkRequest): StdioFds | undefined {
+    for (const key of Object.keys(request)) {
+      if (!(FORK_KEYS as readonly string[]).includes(key)) {
+        throw badOption(
+          key,
+          'not to be there, since a fork has no such option',
+          request[key as keyof ForkRequest],
+          'Remove it.',
+        )
+      }
+    }
+    const needing = AGENT_KEYS.find((key) => request[key] !== undefined)
+    if (needing) {
+      throw new WarmforkError('NEEDS_AGENT', {
+        tried: `fork with \`${needing}\``,
+        happened: 'the program runs no agent',
+      })
+    }
+    const stdio = request.stdio ?? this.#options.stdio
+    if (stdio === 'pipe') return undefined
+    if (stdio === 'inherit') return INHERITED
+    if (Array.isArray(stdio) && stdio.length === 3 && stdio.every((fd) => Number.isInteger(fd) && fd >= 0))
+      return stdio as unknown as StdioFds
+    throw badOption('stdio', "to be 'pipe', 'inherit' or three descriptors", stdio)
+  }
+
+  /** @throws CRASH_LOOP */
+  async #waitForTurn(signal: AbortSignal | undefined): Promise<void> {
+    const delayMs = this.#crashes.isLoop ? 0 : this.#crashes.takeTurn()
+    if (delayMs > 0) {
+      const interrupted = abortOf([this.#over.signal, signal])
+      const over = new AbortController()
+      try {
+        await Promise.race([sleep(delayMs, undefined, { signal: over.signal }), interrupted.promise])
+      } catch (error) {
+        throw this.#state === 'running' ? error : this.#stopped('fork')
+      } finally {
+        over.abort()
+        interrupted.off()
+      }
+    }
+    if (!this.#crashes.isLoop) return
+    throw new WarmforkError('CRASH_LOOP', {
+      tried: 'fork',
+      happened: `${this.#crashes.crashes} children in a row crashed within ${this.#options.crashes.soonMs} ms of their fork`,
+    })
+  }
+
+  async #stop(graceMs: number): Promise<void> {
+    this.#state = 'stopping'
+    this.#over.abort(this.#stopped('go on'))
+    await this.#starting.catch(() => {})
+    const failures: unknown[] = []
+    const step = async (work: () => Promise<unknown> | undefined) => {
+      try {
+        await work()
+      } catch (error) {
+        // One thing that cannot be ended must not keep the others.
+        failures.push(error)
+      }
+    }
+    await step(() => this.#pool?.close())
+    while (this.#inFlight.size > 0) await Promise.all(this.#inFlight)
+    const leave = this.#options.orphans === 'leave'
+    const ending = [
+      ...(leave ? [] : this.#children),
+      ...(this.#template && !this.#template.status ? [this.#template] : []),
+    ]
+    await step(() => endTrees(ending, graceMs))
+    for (const child of leave ? this.#children : this.#holding) {
+      if (leave) child.release()
+      else child.close()
+    }
+    await step(() => this.#source?.close())
+    await step(() => this.#engine?.close())
+    // It ends what is left, and removes our directory.
+    await step(() => this.#guard?.end())
+    clearInterval(this.#keepAlive)
+    this.#state = 'stopped'
+    this.emit('stopped')
+    if (failures.length > 0) throw failures[0]
+  }
+
+  #warn(kind: string, message: string, cause?: unknown): void {
+    const warning: Warning = {
+      kind,
+      message,
+      ...(cause === undefined ? {} : { cause }),
+      ...(cause instanceof WarmforkError ? { code: cause.code } : {}),
+    }
+    this.#warnings.push(warning)
+    // The last ones are enough: a supervisor can run for years.
+    if (this.#warnings.length > MOST_WARNINGS) this.#warnings.shift()
+    this.#log.warn(`${kind}: ${message}`)
+    this.emit('warning', warning)
+  }
+
+  #requireRunning(tried: string): void {
+    if (this.#state === 'running') return
+    if (this.#state !== 'starting') throw this.#stopped(tried)
+    throw new WarmforkError('STOPPED', {
+      tried,
+      happened: 'the supervisor has not started yet',
+      remedy: 'Wait for `Supervisor.start`.',
+    })
+  }
+
+  #stopped(tried: string): WarmforkError {
+    return new WarmforkError('STOPPED', { tried, happened: 'the supervisor was stopped' })
+  }
 }
-export type { EndOptions }
+
+/** How many warnings are kept. */
+const MOST_WARNINGS = 100
+
+function levelLogger(level: string): Logger {
+  // stdout is the embedder's.
+  return level === 'silent' ? pino({ level }) : pino({ level, name: 'warmfork' }, destination({ dest: 2, sync: true }))
+}
+
+function statusWords({ code, signal }: ExitStatus): string {
+  return `code=${code} signal=${signal}`
+}
+
+/** A promise that rejects with the reason of the first signal that is aborted, without leaving listeners behind. */
+function abortOf(signals: readonly (AbortSignal | undefined)[]): { promise: Promise<never>; off: () => void } {
+  const stops: (() => void)[] = []
+  const promise = new Promise<never>((_, reject) => {
+    for (const signal of signals) {
+      if (!signal) continue
+      const onAbort = () => reject(signal.reason)
+      if (signal.aborted) onAbort()
+      signal.addEventListener('abort', onAbort)
+      stops.push(() => signal.removeEventListener('abort', onAbort))
+    }
+  })
+  promise.catch(() => {})
+  return {
+    promise,
+    off: () => {
+      for (const stop of stops) stop()
+    },
+  }
+}

@@ -62,7 +62,7 @@ export interface ForkedProcess {
   /** Our ends of its pipes: to write its stdin, to read its stdout and stderr. Undefined where the caller gave descriptors. The taker closes them. */
   readonly pipes: StdioFds | undefined
   /** The same as streams, from an engine that has no pipes of its own making (spawn on macOS). */
-  readonly streams?: { readonly stdin: Writable; readonly stdout: Readable; readonly stderr: Readable }
+  readonly streams?: { readonly stdin: Writable; readonly stdout: Readable; readonly stderr: Readable } | undefined
   readonly generation: number
   readonly exited: Promise<ExitStatus>
   /** Starts a parked process (SIGCONT to each of its tree). Throws CHILD_GONE where it has ended. */

@@ -141,8 +141,8 @@ class Parked implements ForkedProcess {
   ) {
     this.#template = template
     this.#members = members
-    StrayWatch.add(this)
-    template.exited.then(() => StrayWatch.remove(this))
+    strayWatch.add(this)
+    template.exited.then(() => strayWatch.remove(this))
   }
 
   /** Stops a booted program; what it wrote so far is dropped, as it would be in the image of a template. */
@@ -183,7 +183,7 @@ class Parked implements ForkedProcess {
       throw new WarmforkError('CHILD_GONE', { tried: `continue child ${this.pid}`, happened: 'it has ended' })
     }
     this.#running = true
-    StrayWatch.remove(this)
+    strayWatch.remove(this)
     // The root last: it should find its own children awake.
     for (const member of this.#members) if (member.pid !== this.pid) signalIfSame(member, 'SIGCONT')
     this.kill('SIGCONT')
@@ -198,7 +198,7 @@ class Parked implements ForkedProcess {
     const state = stat(this.pid)?.state
     if (this.#running || state === undefined || 'TtZX'.includes(state)) return
     this.#running = true
-    StrayWatch.remove(this)
+    strayWatch.remove(this)
     this.onStrayResume?.()
   }
 }
@@ -238,24 +238,26 @@ async function stopTree(template: Template): Promise<ProcStat[]> {
  * for it; so this looks at the state of each parked child when the signal comes. (Not on macOS, which has no /proc.)
  */
 class StrayWatch {
-  static readonly #parked = new Set<Parked>()
-  static #due = false
-  static readonly #onSignal = () => {
-    if (StrayWatch.#due) return
-    StrayWatch.#due = true
+  readonly #parked = new Set<Parked>()
+  #due = false
+  readonly #onSignal = () => {
+    if (this.#due) return
+    this.#due = true
     setImmediate(() => {
-      StrayWatch.#due = false
-      for (const parked of [...StrayWatch.#parked]) parked.lookForStray()
+      this.#due = false
+      for (const parked of [...this.#parked]) parked.lookForStray()
     })
   }
 
-  static add(parked: Parked): void {
+  add(parked: Parked): void {
     if (!ON_LINUX) return
-    if (StrayWatch.#parked.size === 0) process.on('SIGCHLD', StrayWatch.#onSignal)
-    StrayWatch.#parked.add(parked)
+    if (this.#parked.size === 0) process.on('SIGCHLD', this.#onSignal)
+    this.#parked.add(parked)
   }
 
-  static remove(parked: Parked): void {
-    if (StrayWatch.#parked.delete(parked) && StrayWatch.#parked.size === 0) process.off('SIGCHLD', StrayWatch.#onSignal)
+  remove(parked: Parked): void {
+    if (this.#parked.delete(parked) && this.#parked.size === 0) process.off('SIGCHLD', this.#onSignal)
   }
 }
+
+const strayWatch = new StrayWatch()
