@@ -1,0 +1,136 @@
+/** What the methods of the control socket do, on a supervisor. It knows the public API of the supervisor, and no socket. */
+import { closeSync } from 'node:fs'
+import type { Child, ChildStats } from '../child.js'
+import type { GenerationInfo } from '../engines/engine.js'
+import { WarmforkError } from '../errors.js'
+import type { StopOptions, Supervisor } from '../supervisor.js'
+import { takeStdio } from './client-stdio.js'
+import type { GenerationStatus, Status } from './protocol.js'
+import type { Caller, Handlers } from './server.js'
+
+export interface Controlled {
+  /** Of warmfork. */
+  readonly version: string
+  /** There as soon as it exists, before it has started. */
+  readonly created: Promise<Supervisor>
+  /** Resolves when forks can be had; rejects where the start fails. */
+  readonly started: Promise<Supervisor>
+  /** Ends the supervisor, during its start too; resolves when all that it made has ended. */
+  stop(options: StopOptions): Promise<void>
+}
+
+export function supervisorHandlers(controlled: Controlled): Handlers {
+  return {
+    status: async () => statusOf(await controlled.created, controlled.version),
+
+    async fork(_params, caller, request) {
+      // Signals that come before the child does wait for it.
+      const waiting: NodeJS.Signals[] = []
+      let child: Child | undefined
+      caller.forks.set(request.id, {
+        kill: (signal) => (child ? child.kill(signal) : waiting.push(signal) > 0),
+      })
+      try {
+        const supervisor = await until(caller.signal, controlled.started)
+        child = await forkOn(supervisor, caller)
+        request.emit({ pid: child.pid, generation: child.generation })
+        for (const signal of waiting) child.kill(signal)
+        return await outlivingNot(caller, child)
+      } finally {
+        caller.forks.delete(request.id)
+      }
+    },
+
+    async signal({ request, signal }, caller) {
+      return { delivered: caller.forks.get(request)?.kill(signal) ?? false }
+    },
+
+    async stop(options) {
+      await controlled.stop(options)
+      return {}
+    },
+  }
+}
+
+async function forkOn(supervisor: Supervisor, caller: Caller): Promise<Child> {
+  if (caller.pid === 0) {
+    throw new WarmforkError('RESTORE_FAILED', {
+      tried: 'take the standard streams of the client',
+      happened: 'the kernel does not tell its process id here',
+      remedy: 'Run `warmfork fork` in the pid namespace of the supervisor, on Linux.',
+    })
+  }
+  const stdio = takeStdio(caller.pid)
+  try {
+    return await supervisor.fork({ stdio, signal: caller.signal })
+  } finally {
+    for (const fd of stdio) closeSync(fd)
+  }
+}
+
+/** The exit of a child whose client may go: then the child is told as a terminal that hangs up tells its programs. */
+async function outlivingNot(caller: Caller, child: Child) {
+  const hangUp = () => {
+    child.kill('SIGHUP')
+    // What is stopped does not see a SIGHUP before it is continued.
+    child.kill('SIGCONT')
+  }
+  caller.signal.addEventListener('abort', hangUp)
+  if (caller.signal.aborted) hangUp()
+  try {
+    return await child.exit
+  } finally {
+    caller.signal.removeEventListener('abort', hangUp)
+  }
+}
+
+/** The promise's result, or the signal's reason where that is first. */
+async function until<T>(signal: AbortSignal, promise: Promise<T>): Promise<T> {
+  signal.throwIfAborted()
+  let stop = () => {}
+  const aborted = new Promise<never>((_, reject) => {
+    stop = () => reject(signal.reason)
+    signal.addEventListener('abort', stop)
+  })
+  try {
+    return await Promise.race([promise, aborted])
+  } finally {
+    signal.removeEventListener('abort', stop)
+  }
+}
+
+export async function statusOf(supervisor: Supervisor, version: string): Promise<Status> {
+  const stats = await supervisor.stats()
+  const parked = await Promise.all(stats.pool.parked.map(statsIfThere))
+  return {
+    name: stats.name,
+    pid: stats.pid,
+    version,
+    state: stats.state,
+    engine: stats.engine,
+    command: stats.command,
+    startedAt: stats.startedAt.toISOString(),
+    uptimeMs: Math.round(stats.uptimeMs),
+    generation: stats.generation,
+    generations: supervisor.generations().map(generationStatus),
+    template: stats.template ? { ...stats.template, memory: stats.template.memory ?? null } : null,
+    pool: { size: stats.pool.size, starting: stats.pool.starting },
+    children: [...parked.filter((child) => child !== undefined), ...stats.children],
+    forks: stats.forks,
+    warnings: supervisor.warnings.map(({ kind, message }) => ({ kind, message })),
+  }
+}
+
+/** Undefined where it ended meanwhile. */
+async function statsIfThere(child: Child): Promise<ChildStats | undefined> {
+  try {
+    return await child.stats()
+  } catch {
+    return undefined
+  }
+}
+
+export function generationStatus(info: GenerationInfo): GenerationStatus {
+  const { number, createdAt, rssBytes, sizeBytes, memory, checkpointMs, warnings } = info
+  return { number, createdAt: createdAt.toISOString(), rssBytes, sizeBytes, memory, checkpointMs, warnings }
+}

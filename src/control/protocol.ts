@@ -1,0 +1,164 @@
+/**
+ * What is said over the control socket: one JSON object a line. This table is all that the two sides share; it knows no
+ * socket and no supervisor, and stays light, since every `warmfork fork` loads it.
+ *
+ * Both sides begin with a hello that names the protocol's version. Then the client sends requests `{id, method, params}` and
+ * gets, for each, any number of `{id, event}` and at last `{id, result}` or `{id, error}`. An error without an id concerns
+ * the connection, which ends after it.
+ */
+import type { ChildStats } from '../child.js'
+import type { EngineName, MemoryMode } from '../engines/engine.js'
+import { ERROR_CODES, type ErrorCode, WarmforkError } from '../errors.js'
+import type { MemoryUse } from '../linux/proc.js'
+import type { ExitStatus } from '../linux/reaper.js'
+import type { SupervisorState, SupervisorStats } from '../supervisor.js'
+
+/** Changes with every change that the other side could misunderstand. */
+export const PROTOCOL = 1
+
+/** Longest line that is read. The longest that is needed (a status with 1,000 children) is 300 KiB. */
+export const MAX_LINE_BYTES = 4 * 1024 * 1024
+
+/** What the supervisor says of itself at once. */
+export interface Hello {
+  readonly protocol: number
+  /** Of warmfork. */
+  readonly version: string
+  readonly name: string
+  readonly pid: number
+  /** Where its generations are: the root, which holds one directory for each name. */
+  readonly store: string
+}
+
+export interface GenerationStatus {
+  readonly number: number
+  /** ISO 8601. */
+  readonly createdAt: string
+  readonly rssBytes: number
+  readonly sizeBytes: number
+  readonly memory: MemoryMode
+  readonly checkpointMs: number
+  readonly warnings: readonly string[]
+}
+
+export interface WarningStatus {
+  readonly kind: string
+  readonly message: string
+}
+
+/** `SupervisorStats` without what JSON cannot hold. */
+export interface Status {
+  readonly name: string
+  readonly pid: number
+  readonly version: string
+  readonly state: SupervisorState
+  readonly engine: EngineName
+  readonly command: readonly string[]
+  readonly startedAt: string
+  readonly uptimeMs: number
+  /** Number of the generation that forks come from; 0 while there is none. */
+  readonly generation: number
+  readonly generations: readonly GenerationStatus[]
+  readonly template: {
+    readonly pid: number
+    readonly running: boolean
+    readonly readyMs: number
+    readonly memory: MemoryUse | null
+  } | null
+  readonly pool: { readonly size: number; readonly starting: number }
+  /** The parked ones first, then those that run, each oldest first. */
+  readonly children: readonly ChildStats[]
+  readonly forks: SupervisorStats['forks']
+  readonly warnings: readonly WarningStatus[]
+}
+
+/** The methods: what each takes, tells meanwhile and gives. */
+export interface Methods {
+  status: { params: Record<string, never>; event: never; result: Status }
+  /**
+   * A child on the standard streams of the client's process. The result comes when the child has ended; where the client's
+   * connection ends before that, the child gets SIGHUP.
+   */
+  fork: { params: Record<string, never>; event: { pid: number; generation: number }; result: ExitStatus }
+  /** Sends a signal to the child of a `fork` that was asked for on this connection; it waits for a child that is not there yet. */
+  signal: { params: { request: number; signal: NodeJS.Signals }; event: never; result: { delivered: boolean } }
+  /** Ends the supervisor; the result comes when all that it had made has ended. */
+  stop: { params: { graceMs?: number }; event: never; result: Record<string, never> }
+}
+export type MethodName = keyof Methods
+
+/** Reads the params of each method; undefined where they are not what the method takes. */
+export const PARAMS: {
+  readonly [M in MethodName]: (params: Record<string, unknown>) => Methods[M]['params'] | undefined
+} = {
+  status: (params) => (hasOnly(params) ? {} : undefined),
+  fork: (params) => (hasOnly(params) ? {} : undefined),
+  signal: (params) => {
+    const { request, signal } = params
+    if (!hasOnly(params, 'request', 'signal') || !isId(request)) return undefined
+    return isSignal(signal) ? { request, signal } : undefined
+  },
+  stop: (params) => {
+    const { graceMs } = params
+    if (!hasOnly(params, 'graceMs')) return undefined
+    if (graceMs === undefined) return {}
+    return typeof graceMs === 'number' && graceMs >= 0 && graceMs < 2 ** 31 ? { graceMs } : undefined
+  },
+}
+
+/** The signals that can be passed on to a child. */
+export const PASSED_SIGNALS = [
+  'SIGHUP',
+  'SIGINT',
+  'SIGQUIT',
+  'SIGTERM',
+  'SIGUSR1',
+  'SIGUSR2',
+  'SIGCONT',
+  'SIGWINCH',
+] as const satisfies NodeJS.Signals[]
+
+const isSignal = (value: unknown): value is NodeJS.Signals => (PASSED_SIGNALS as readonly unknown[]).includes(value)
+
+function hasOnly(params: Record<string, unknown>, ...keys: string[]): boolean {
+  return Object.keys(params).every((key) => keys.includes(key))
+}
+
+export interface Request {
+  readonly id: number
+  readonly method: MethodName
+  readonly params: Record<string, unknown>
+}
+
+export type ServerMessage =
+  | { hello: Hello }
+  | { id: number; event: unknown }
+  | { id: number; result: unknown }
+  | { id?: number; error: Record<string, unknown> }
+
+/** Ids of requests are chosen by the client. */
+export const isId = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0
+
+export const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === 'object' && value !== null && !Array.isArray(value)
+
+/** The error for a message that is not of this protocol. */
+export function badMessage(happened: string, remedy?: string): WarmforkError {
+  return new WarmforkError('BAD_OPTION', {
+    tried: 'read from the control socket',
+    happened,
+    remedy: remedy ?? 'Speak to it with `warmfork`; the lines are described in its protocol.',
+  })
+}
+
+/** An error that came over the socket, as one of ours. */
+export function errorFrom(json: Record<string, unknown>): WarmforkError {
+  const text = (key: string, fallback: string) => (typeof json[key] === 'string' ? (json[key] as string) : fallback)
+  const code = text('code', '')
+  return new WarmforkError(code in ERROR_CODES ? (code as ErrorCode) : 'BAD_OPTION', {
+    tried: text('tried', 'do it'),
+    happened: text('happened', text('message', 'the supervisor gave no reason')),
+    ...(typeof json.remedy === 'string' ? { remedy: json.remedy } : {}),
+    ...(typeof json.output === 'string' ? { output: json.output } : {}),
+  })
+}
