@@ -21,7 +21,6 @@ import type { CheckpointOptions, Engine, ForkSource, GenerationInfo, SourceProce
 import { type Criu, findCriu } from './binary.js'
 import { dump } from './dump.js'
 import { CriuForkSource } from './fork-source.js'
-import { ensureKernelCache } from './kdat.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
 import { chooseMemory } from './memory-choice.js'
 
@@ -69,12 +68,13 @@ export class CriuEngine implements Engine {
   private constructor(
     options: CriuEngineOptions,
     criu: Criu,
+    launcher: Launcher,
     /** The generations of this supervisor. */
     readonly store: Store,
   ) {
     this.#options = options
     this.#criu = criu
-    this.#launcher = new Launcher(criu, options.env, options.registry, options.worker)
+    this.#launcher = launcher
     this.#forks = join(options.runtimeDirectory, 'forks')
     rmSync(this.#forks, { recursive: true, force: true })
     mkdirSync(this.#forks, { mode: options.worker ? 0o711 : 0o700 })
@@ -83,14 +83,14 @@ export class CriuEngine implements Engine {
   /** Throws CRIU_MISSING, CRIU_TOO_OLD, and what `Store.open` throws. */
   static async open(options: CriuEngineOptions): Promise<CriuEngine> {
     const criu = findCriu(options.criu === undefined ? {} : { criu: options.criu })
-    await ensureKernelCache(criu)
+    const launcher = await Launcher.prepare(criu, options.env, options.registry, options.worker)
     const store = await Store.open({
       name: options.name,
       access: 'exclusive',
       ...(options.store === undefined ? {} : { root: options.store }),
       ...(options.worker === undefined ? {} : { group: options.worker.gid }),
     })
-    return new CriuEngine(options, criu, store)
+    return new CriuEngine(options, criu, launcher, store)
   }
 
   async checkpoint(source: SourceProcess, options: CheckpointOptions): Promise<GenerationInfo> {
@@ -110,6 +110,7 @@ export class CriuEngine implements Engine {
       const generation = await this.store.create({ parent: null, surroundings }, async (draft) => {
         const raw = join(draft.directory, RAW_DIRECTORY)
         mkdirSync(raw, { mode: 0o700 })
+        this.#launcher.admit(draft.directory)
         this.#launcher.givePath(raw)
         const filled = await this.#fill(source, options, {
           raw,

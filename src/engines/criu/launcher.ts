@@ -2,10 +2,10 @@
  * How criu is executed for one supervisor: as whom, with which environment, and who is told of the processes that come
  * to be (the guard, so that they end with the supervisor). It knows no images.
  */
-import { chownSync, fchownSync } from 'node:fs'
-import { userInfo } from 'node:os'
+import { chmodSync, chownSync, fchownSync } from 'node:fs'
 import { stat } from '../../linux/proc.js'
 import type { Criu } from './binary.js'
+import { ensureKernelCache } from './kdat.js'
 
 /** Told of every process, so that none outlives a supervisor that is killed. */
 export interface ProcessRegistry {
@@ -23,45 +23,69 @@ export class Launcher {
   readonly argv: readonly string[]
   /** criu runs as the worker's user, with the capabilities that a restore needs and no more. */
   readonly unprivileged: boolean
+  readonly env: Readonly<Record<string, string>>
+  readonly #registry: ProcessRegistry
+  /** Whom to give pipes and directories to, where criu and the children run as another user than we. */
+  readonly #other: Worker | undefined
 
-  constructor(
+  private constructor(
     criu: Criu,
-    /** criu's own; it carries the supervisor's token too, so that the guard finds it. */
-    readonly env: Readonly<Record<string, string>>,
-    private readonly registry: ProcessRegistry,
-    private readonly worker: Worker | undefined,
+    env: Readonly<Record<string, string>>,
+    registry: ProcessRegistry,
+    other: Worker | undefined,
   ) {
-    const { uid } = userInfo()
-    const other = worker !== undefined && worker.uid !== uid
-    this.unprivileged = other || uid !== 0
-    this.argv = other ? [...asUser(worker), ...criu.argv] : criu.argv
+    this.argv = criu.argv
+    this.env = env
+    this.#registry = registry
+    this.#other = other
+    this.unprivileged = other !== undefined || process.getuid?.() !== 0
+  }
+
+  /** `env` is criu's own; it carries the supervisor's token too, so that the guard finds criu by it. */
+  static async prepare(
+    criu: Criu,
+    env: Readonly<Record<string, string>>,
+    registry: ProcessRegistry,
+    worker: Worker | undefined,
+  ): Promise<Launcher> {
+    const other = worker !== undefined && worker.uid !== process.getuid?.() ? worker : undefined
+    const started = { ...criu, argv: other ? [...asUser(other), ...criu.argv] : criu.argv }
+    const launcher = new Launcher(started, env, registry, other)
+    const cache = await ensureKernelCache(started, { unprivileged: launcher.unprivileged, ...other })
+    return new Launcher(started, { ...env, ...cache.env }, registry, other)
   }
 
   started(pid: number): void {
-    this.registry.trackCriu(pid, stat(pid)?.startTicks ?? 0)
+    this.#registry.trackCriu(pid, stat(pid)?.startTicks ?? 0)
   }
 
   ended(pid: number): void {
-    this.registry.forget(pid)
+    this.#registry.forget(pid)
   }
 
   track(pid: number): void {
-    this.registry.track(pid, stat(pid)?.startTicks ?? 0)
+    this.#registry.track(pid, stat(pid)?.startTicks ?? 0)
   }
 
   forget(pid: number): void {
-    this.registry.forget(pid)
+    this.#registry.forget(pid)
   }
 
   /** Makes a descriptor of ours (a pipe's end, which criu opens again by its name) the worker's. */
   readonly give = (fd: number): void => {
-    if (this.worker && this.argv.length > 0 && this.unprivileged && process.getuid?.() === 0)
-      fchownSync(fd, this.worker.uid, this.worker.gid)
+    if (this.#other) fchownSync(fd, this.#other.uid, this.#other.gid)
   }
 
-  /** The same for a path: a derived directory and what lies in it. */
+  /** Lets the worker enter a directory of ours, but not list it. */
+  admit(path: string): void {
+    if (!this.#other) return
+    chownSync(path, process.getuid?.() ?? 0, this.#other.gid)
+    chmodSync(path, 0o710)
+  }
+
+  /** As `give`, for a directory and what lies in it. */
   readonly givePath = (path: string): void => {
-    if (this.worker && this.unprivileged && process.getuid?.() === 0) chownSync(path, this.worker.uid, this.worker.gid)
+    if (this.#other) chownSync(path, this.#other.uid, this.#other.gid)
   }
 }
 
