@@ -236,7 +236,7 @@ describe('prune', () => {
   test('never removes a generation on which a lease was granted, however the two fall together', async () => {
     let granted = 0
     let refused = 0
-    for (let round = 0; round < 60; round++) {
+    for (let round = 0; round < 40; round++) {
       const made = await create(store)
       let settled = false
       const pruned = store.prune({ numbers: [made.number] }).finally(() => {
@@ -270,7 +270,7 @@ describe('prune', () => {
     try {
       await once(pruner.stdout, 'data')
       let granted = 0
-      for (let round = 0; round < 150; round++) {
+      for (let round = 0; round < 80; round++) {
         const made = await create(store)
         for (let turn = 0; turn < round % 5; turn++) await new Promise((resolve) => setImmediate(resolve))
         try {

@@ -1,4 +1,4 @@
-import { type ChildProcess, spawn } from 'node:child_process'
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
 import {
   chmodSync,
   chownSync,
@@ -185,6 +185,17 @@ describe('making a generation', () => {
     expect((await create(store)).number).toBe(5)
   })
 
+  test('is not hindered by a prune meanwhile', async () => {
+    const store = await shop.open()
+    await create(store)
+    const made = await create(store, async (draft) => {
+      await store.prune({ keep: 0 })
+      return fill(draft)
+    })
+    expect(generationsOf(store)).toEqual(['2'])
+    await made.verify()
+  })
+
   test('is refused by a store that is open for reading or closed', async () => {
     const store = await shop.open()
     await failure('BAD_OPTION', async () => create(await shop.open({ access: 'read' })))
@@ -312,6 +323,18 @@ describe('opening a store', () => {
     expect(error.happened).toContain('user 65534')
     expect(error.remedy).toContain(`chown 0 ${store.directory}`)
     await failure('STORE_UNSAFE', () => shop.open({ access: 'read' }))
+  })
+
+  test.skipIf(!isRoot)('says that it has no right where the store is closed to this user', async () => {
+    await (await shop.open()).close()
+    chmodSync(shop.directory, 0o711)
+    // In a process of its own: the user of this one is that of all its threads.
+    const script = fileURLToPath(new URL('./fixtures/generations-outsider.ts', import.meta.url))
+    const outsider = spawnSync(process.execPath, ['--import', 'tsx', script, shop.root], {
+      encoding: 'utf8',
+      timeout: 20_000,
+    })
+    expect(outsider.stdout.trim().split('\n')).toEqual(['read STORE_UNWRITABLE', 'exclusive STORE_UNWRITABLE'])
   })
 
   test.each(['root', 'name', 'generations'])('refuses a symbolic link in the place of its %s', async (which) => {

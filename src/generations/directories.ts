@@ -132,8 +132,8 @@ export function storeError(error: unknown, tried: string): unknown {
   const errno = errnoOf(error)
   const reason = {
     EROFS: 'its file system is read-only',
-    EACCES: 'this process may not write there',
-    EPERM: 'this process may not do that there',
+    EACCES: 'this process has no right to it',
+    EPERM: 'this process has no right to do that there',
     EIO: 'its file system cannot be read or written (EIO)',
     ENOTDIR: 'something on its path is not a directory',
   }[errno ?? '']

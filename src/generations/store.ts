@@ -132,9 +132,13 @@ export class Store {
     const root = options.root ?? defaultRoot()
     const directory = join(root, options.name)
     if (options.access === 'read') {
-      if (!existsSync(directory)) return new Store(directory, options, undefined, undefined)
-      checkSafe(root)
-      return new Store(directory, options, checkSafe(directory).ino, undefined)
+      try {
+        if (!lstatSync(directory, { throwIfNoEntry: false })) return new Store(directory, options, undefined, undefined)
+        checkSafe(root)
+        return new Store(directory, options, checkSafe(directory).ino, undefined)
+      } catch (error) {
+        throw storeError(error, `open the store at ${directory}`)
+      }
     }
     const { group } = options
     // The root serves names with different groups: anybody may enter it, and only the name's directory asks who.
@@ -259,7 +263,7 @@ export class Store {
       try {
         generations.push(await this.#open(number))
       } catch (error) {
-        if (!(error instanceof WarmforkError)) throw error
+        if (!(error instanceof WarmforkError)) throw storeError(error, `read generation ${number}`)
         // Somebody pruned it since it was listed.
         if (!existsSync(this.#path(number))) continue
         broken.push({ number, directory: this.#path(number), error })
