@@ -182,9 +182,13 @@ describe('when the supervisor is killed with -9', () => {
     // Each link starts the next one in a new session and ends.
     const link = join(directory, 'link.sh')
     writeFileSync(link, 'sleep 0.01; setsid /bin/sh "$0" & exit 0\n')
+    const links = () => spawnSync('pgrep', ['-f', link], { encoding: 'utf8' }).stdout
     await supervisor.run(`/bin/sh ${link} & echo $$; sleep 1000`, { marked: true })
+    const first = links()
+    await until('it has gone on', () => links() !== first)
+    expect(links()).not.toBe('')
     await supervisor.kill()
-    expect(spawnSync('pgrep', ['-f', link], { encoding: 'utf8' }).stdout).toBe('')
+    expect(links()).toBe('')
   })
 
   it('leaves a process alone whose id was given anew', async () => {

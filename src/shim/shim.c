@@ -262,7 +262,13 @@ static long run_with_maps(struct work *work) {
 }
 
 static void run_aside(void *argument) {
-  /* The descriptors are this helper's own copies; giving one up makes room for the maps. */
+  /* Limits and descriptors are this helper's own copies: both may give way for the maps. */
+  enum { RLIMIT_NOFILE_ = 7 };
+  uint64_t limit[2];
+  if (!failed(raw(SYS_prlimit64, 0, RLIMIT_NOFILE_, 0, (long)limit, 0, 0))) {
+    limit[0] = limit[1];
+    raw(SYS_prlimit64, 0, RLIMIT_NOFILE_, (long)limit, 0, 0, 0);
+  }
   raw(SYS_close, 0, 0, 0, 0, 0, 0);
   raw(SYS_close, 1, 0, 0, 0, 0, 0);
   run_with_maps(argument);
@@ -546,8 +552,8 @@ static long remap(uintptr_t start, size_t old_length, size_t new_length, int fla
                       .new_address = new_address, .flags = flags};
   if (LIKELY(do_work(&work))) return work.result;
   /*
-   * Nothing can be learned. Naming memory is refused on file mappings (Linux 5.17, and clears a name that it had): then
-   * a growth might uncover old bytes, and is refused; callers allocate anew and copy.
+   * Nothing can be learned. Naming memory is refused on file mappings (Linux 5.17 where it is configured; it clears a
+   * name that the memory had): then a growth might uncover old bytes, and is refused; callers allocate anew and copy.
    */
   enum { PR_SET_VMA_ = 0x53564d41, EBADF_ = 9 };
   if (to > from && raw(SYS_prctl, PR_SET_VMA_, 0, (long)start, PAGE_BYTES, 0, 0) == -EBADF_) return -ENOMEM_;

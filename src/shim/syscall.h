@@ -43,6 +43,7 @@ enum {
   SYS_exit_group = 231,
   SYS_openat = 257,
   SYS_unlinkat = 263,
+  SYS_prlimit64 = 302,
   SYS_execveat = 322,
   SYS_mlock2 = 325,
   SYS_pkey_alloc = 330,
