@@ -18,7 +18,7 @@ import { prepare } from '../../image/prepare.js'
 import { pidfdGetfd, pidfdOpen } from '../../linux/libc.js'
 import { mappingsWithFlags, memoryUse, processTree } from '../../linux/proc.js'
 import type { CheckpointOptions, Engine, ForkSource, GenerationInfo, SourceProcess } from '../engine.js'
-import { type Criu, findCriu } from './binary.js'
+import { type Criu, findCriu, formatVersion } from './binary.js'
 import { dump } from './dump.js'
 import { CriuForkSource } from './fork-source.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
@@ -53,7 +53,6 @@ interface EngineData {
 const AHEAD = 2
 
 const PAGE_FILE = 'memory.warmfork-pages'
-const RAW_DIRECTORY = 'raw'
 
 export class CriuEngine implements Engine {
   readonly name = 'criu'
@@ -64,6 +63,8 @@ export class CriuEngine implements Engine {
   /** Our copies of the sockets that children share with the process that a generation was taken of. */
   readonly #sockets = new Map<number, Map<number, number>>()
   readonly #sources = new Set<CriuForkSource>()
+  /** Generations that were made here and are held until they are opened. */
+  readonly #unopened = new Map<number, Generation>()
 
   private constructor(
     options: CriuEngineOptions,
@@ -95,9 +96,8 @@ export class CriuEngine implements Engine {
 
   async checkpoint(source: SourceProcess, options: CheckpointOptions): Promise<GenerationInfo> {
     const { command, cwd, uid, gid, declaredEnv } = source
-    const { major, minor, patch } = this.#criu.version
     const surroundings = currentSurroundings({
-      criuVersion: `${major}.${minor}.${patch}`,
+      criuVersion: formatVersion(this.#criu.version),
       command,
       cwd,
       uid,
@@ -108,8 +108,7 @@ export class CriuEngine implements Engine {
     let kept = false
     try {
       const generation = await this.store.create({ parent: null, surroundings }, async (draft) => {
-        const raw = join(draft.directory, RAW_DIRECTORY)
-        mkdirSync(raw, { mode: 0o700 })
+        const raw = draft.scratchDirectory
         this.#launcher.admit(draft.directory)
         this.#launcher.givePath(raw)
         const filled = await this.#fill(source, options, {
@@ -119,10 +118,10 @@ export class CriuEngine implements Engine {
         })
         for (const { inode } of filled.listeners) sockets.set(inode, takeSocket(filled.pids, inode))
         await draft.keepFiles(filled.files)
-        rmSync(raw, { recursive: true })
         return filled.filled
       })
       this.#sockets.set(generation.number, sockets)
+      this.#unopened.set(generation.number, generation)
       kept = true
       return generation.info
     } finally {
@@ -195,6 +194,7 @@ export class CriuEngine implements Engine {
 
   async open(number: number): Promise<ForkSource> {
     const generation = await this.store.get(number)
+    this.#checkFit(generation)
     const source = new CriuForkSource({
       launcher: this.#launcher,
       generation,
@@ -205,7 +205,16 @@ export class CriuEngine implements Engine {
       ahead: AHEAD,
     })
     this.#sources.add(source)
+    this.#unopened.get(number)?.letGo()
+    this.#unopened.delete(number)
     return source
+  }
+
+  /** The machine must be the one that it was made on; whose command it is, its caller knows. Throws GENERATION_MISFIT. */
+  #checkFit(generation: Generation): void {
+    const { declaredEnv, ...made } = generation.manifest.surroundings
+    const now = currentSurroundings({ ...made, criuVersion: formatVersion(this.#criu.version), declaredEnv: {} })
+    generation.checkFit({ ...now, declaredEnv })
   }
 
   #streamsAndListeners(generation: Generation) {

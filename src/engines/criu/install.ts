@@ -57,6 +57,10 @@ export interface InstallCriuOptions {
 /** Suites of Debian in the order in which they are tried: the first whose criu suits the kernel is taken. */
 const SUITES = ['testing', 'unstable', 'bookworm-backports', 'trixie']
 
+/** What apt says of a mirror that does not answer at all, other than of a suite that it does not have. */
+const UNREACHABLE =
+  /Could not connect|Unable to connect|Could not resolve|Temporary failure resolving|connection timed out|Cannot initiate the connection/i
+
 const DEBIAN_KEYRINGS = [
   '/usr/share/keyrings/debian-archive-keyring.gpg',
   '/usr/share/keyrings/debian-archive-keyring.pgp',
@@ -226,6 +230,8 @@ async function chooseSuite(
         run.throwIfOver()
         last = error
         tried.push(`${suite}: not to be had`)
+        // Its other suites would only take as long.
+        if (UNREACHABLE.test((error as WarmforkError).output ?? '')) break
         continue
       }
       const policy = await apt.cache(['policy', 'criu'], 'ask apt for the version of criu')
