@@ -3,12 +3,13 @@
  * criu's command line and processes, but no generations: nothing of the image is edited.
  */
 import { type ChildProcess, spawn } from 'node:child_process'
-import { closeSync, createReadStream, mkdtempSync, readFileSync, readlinkSync, rmSync, writeSync } from 'node:fs'
+import { closeSync, mkdtempSync, read, readFileSync, readlinkSync, rmSync, writeSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Criu } from '../engines/criu/binary.js'
 import { ensureKernelCache } from '../engines/criu/kdat.js'
+import { meaningfulLines, readLog } from '../engines/criu/log.js'
 import { pipe, sendSignal } from '../linux/libc.js'
 import { isAlive } from '../linux/proc.js'
 import { reaper } from '../linux/reaper.js'
@@ -109,6 +110,10 @@ async function restoreOnce(
 ): Promise<number> {
   const stdin = pipe()
   const stdout = pipe()
+  const open = new Set([stdin.read, stdin.write, stdout.read, stdout.write])
+  const close = (fd: number) => {
+    if (open.delete(fd)) closeSync(fd)
+  }
   const pidFile = join(directory, 'pid')
   let restored: number | undefined
   try {
@@ -124,13 +129,16 @@ async function restoreOnce(
       rmSync(pidFile, { force: true })
     }
     const took = performance.now() - start
+    // The ends of the restored process are its alone now: where it ends, we read an end of file.
+    close(stdin.read)
+    close(stdout.write)
     if (restored === undefined) throw new TrialError('criu did not say which process it restored')
     sendSignal(restored, 18 /* SIGCONT */)
     if (echo) await expectEcho(stdin.write, stdout.read)
     return took
   } finally {
     if (restored !== undefined) await endAndReap(restored)
-    for (const fd of [stdin.read, stdin.write, stdout.read, stdout.write]) closeSync(fd)
+    for (const fd of open) close(fd)
   }
 }
 
@@ -164,18 +172,9 @@ function runCriu(
         .trim()
         .split('\n')[0]
         ?.replace(/[:\s]+$/, '')
-      failed(new TrialError(`criu ${args[0]}: ${firstError(join(directory, log)) || line || ending}`))
+      failed(new TrialError(`criu ${args[0]}: ${meaningfulLines(readLog(join(directory, log)))[0] || line || ending}`))
     })
   })
-}
-
-/** The first error in a log is the cause, those after it are its consequences. */
-function firstError(log: string): string | undefined {
-  try {
-    return /Error \([^)]*\):?\s*(.*)/.exec(readFileSync(log, 'utf8'))?.[1]
-  } catch {
-    return undefined
-  }
 }
 
 function readPid(file: string): number | undefined {
@@ -199,19 +198,16 @@ async function waitForExec(pid: number): Promise<void> {
   }
 }
 
+/** Writes a line and waits for any answer. A read that is still waiting then ends with the process, whose pipe has no other writer. */
 function expectEcho(to: number, from: number): Promise<void> {
   return new Promise((done, failed) => {
-    const reading = createReadStream('', { fd: from, autoClose: false })
-    const timer = setTimeout(() => end(new TrialError('the restored process does not answer')), STEP_TIMEOUT_MS)
-    const end = (error?: Error) => {
+    const timer = setTimeout(() => failed(new TrialError('the restored process does not answer')), STEP_TIMEOUT_MS)
+    read(from, Buffer.alloc(64), 0, 64, null, (error, bytes) => {
       clearTimeout(timer)
-      reading.removeAllListeners()
       if (error) failed(error)
+      else if (bytes === 0) failed(new TrialError('the restored process has ended'))
       else done()
-    }
-    reading.once('data', () => end())
-    reading.once('end', () => end(new TrialError('the restored process has closed its stdout')))
-    reading.once('error', end)
+    })
     writeSync(to, 'warmfork\n')
   })
 }
