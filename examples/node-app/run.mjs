@@ -8,7 +8,7 @@ import { Supervisor } from 'warmfork'
 
 const app = fileURLToPath(new URL('app/', import.meta.url))
 const command = [process.execPath, `${app}app.js`, 'worker']
-const requests = ['/api/search?q=blue+oak+chair', '/products/7', '/api/search?q=small+red+robot&limit=3']
+const requests = ['/api/search?q=blue+oak+chair', '/products/7', '/api/search?q=red+robot&limit=3']
 
 if (!existsSync(`${app}node_modules`)) {
   console.error('installing the dependencies of the application …')
