@@ -710,8 +710,11 @@ static NOINLINE long launch_without_shim(struct launch *launch, char **environme
   } else {
     int left = without_shim(environment[at], value);
     for (size_t i = 0; i < count; i++) {
-      if (i != at) copy[n++] = environment[i];
-      else if (left > 0) copy[n++] = value;
+      if (i == at) {
+        if (left > 0) copy[n++] = value;
+      } else if (!strip_always || !same_text(environment[i], strip_variable)) {
+        copy[n++] = environment[i];
+      }
     }
   }
   copy[n] = 0;
