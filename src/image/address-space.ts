@@ -1,10 +1,10 @@
 /**
  * The memory of one process of an image, read by address: from the pages that the image holds, else from the file that
- * is mapped there, else zeros. Throws IMAGE_TRUNCATED where the pages file is shorter than its pagemap says.
+ * is mapped there, else zeros.
  */
-import { closeSync, fstatSync, openSync, readSync } from 'node:fs'
+import { closeSync, constants, openSync, readSync, statSync } from 'node:fs'
 import { join } from 'node:path'
-import { truncated } from './failure.js'
+import { corrupt, truncated } from './failure.js'
 import type { ImageSet } from './image-set.js'
 import { bytesOf } from './message.js'
 import { PAGE, type PageRun, pagesFile, readPagemap, runsWithin } from './pagemap.js'
@@ -17,21 +17,22 @@ export class AddressSpace {
   readonly #fileNames: ReadonlyMap<number, string>
   readonly #open = new Map<string, number>()
 
+  /** Throws IMAGE_TRUNCATED and IMAGE_CORRUPT where mappings, pagemap and pages do not fit each other. */
   constructor(
     private readonly set: ImageSet,
     readonly pid: number,
-    /** Regular files of the image by id: what private file mappings read. */
-    fileNames: ReadonlyMap<number, string> = fileNamesOf(set),
   ) {
     const { pagesId, runs } = readPagemap(set, `pagemap-${pid}.img`)
     this.pagesId = pagesId
     this.runs = runs
     this.vmas = set.memory(pid).vmas
-    this.#fileNames = fileNames
+    this.#fileNames = mappableFiles(set)
+    checkMappings(pid, this.vmas, runs)
     const name = pagesFile(pagesId)
-    const needed = runs.reduce((sum, run) => sum + Number(run.end - run.start), 0)
-    const size = needed === 0 ? 0 : fstatSync(this.#descriptor(join(set.directory, name))).size
-    if (size < needed) throw truncated(name, `it has ${size} bytes, and its pagemap names ${needed}`)
+    const named = runs.reduce((sum, run) => sum + Number(run.end - run.start), 0)
+    const { size } = statSync(join(set.directory, name))
+    if (size < named) throw truncated(name, `it has ${size} bytes, and its pagemap names ${named}`)
+    if (size > named) throw truncated(`pagemap-${pid}.img`, `it names ${named} bytes, and its pages file has ${size}`)
   }
 
   close(): void {
@@ -61,7 +62,7 @@ export class AddressSpace {
     if (!vma) return undefined
     const name = vma.status & VMA_STATUS.FILE_PRIVATE ? this.#fileNames.get(Number(vma.shmid)) : undefined
     if (name !== undefined) {
-      readSync(this.#descriptor(name), bytes, 0, length, Number(vma.pgoff + address - vma.start))
+      readSync(this.#descriptor(name), bytes, 0, length, vma.pgoff + address - vma.start)
     }
     return bytes
   }
@@ -78,13 +79,40 @@ export class AddressSpace {
   #descriptor(path: string): number {
     let fd = this.#open.get(path)
     if (fd === undefined) {
-      fd = openSync(Buffer.from(bytesOf(path)), 'r')
+      // Not to wait for a writer, should it be a FIFO.
+      fd = openSync(Buffer.from(bytesOf(path)), constants.O_RDONLY | constants.O_NONBLOCK)
       this.#open.set(path, fd)
     }
     return fd
   }
 }
 
-export function fileNamesOf(set: ImageSet): Map<number, string> {
-  return new Map(set.files().flatMap(({ id, regular }) => (regular ? [[id, regular.name]] : [])))
+/** The regular files of an image that their paths still lead to, by id: what private mappings of them read. */
+export function mappableFiles(set: ImageSet): Map<number, string> {
+  // Such a path may lead to another file by now: an upgrade puts the new library in the old one's place.
+  const replaced = new Set(set.remaps().map(({ fileId }) => fileId))
+  const files = set.files()
+  return new Map(files.flatMap(({ id, regular }) => (regular && !replaced.has(id) ? [[id, regular.name]] : [])))
+}
+
+const PAGE_N = BigInt(PAGE)
+
+function checkMappings(pid: number, vmas: readonly VmaEntry[], runs: readonly PageRun[]): void {
+  let before = 0n
+  for (const { start, end } of vmas) {
+    if (start < before || end <= start || start % PAGE_N !== 0n || end % PAGE_N !== 0n) {
+      throw corrupt(`mm-${pid}.img`, `its mapping at 0x${start.toString(16)} is out of order`)
+    }
+    before = end
+  }
+  let next = 0
+  for (const run of runs) {
+    // A run can lie over the border of two mappings.
+    for (let at = run.start; at < run.end; at = vmas[next]!.end) {
+      while (next < vmas.length && vmas[next]!.end <= at) next++
+      if (next === vmas.length || vmas[next]!.start > at) {
+        throw corrupt(`pagemap-${pid}.img`, `it names a page at 0x${at.toString(16)}, where nothing is mapped`)
+      }
+    }
+  }
 }

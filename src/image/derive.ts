@@ -2,7 +2,7 @@
  * Derive: the small edits made for each fork. A prepared image is loaded once; for given fresh ids it yields the few
  * files that differ and the names under which the rest is linked, so that a fork's own directory is a handful of links.
  */
-import { mkdirSync, readdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { AddressSpace } from './address-space.js'
 import { setDeathSignal } from './edits/death-signal.js'
@@ -18,7 +18,6 @@ import {
 import { replaceFiles } from './edits/replaced-files.js'
 import { corrupt } from './failure.js'
 import { ImageSet } from './image-set.js'
-import { encode } from './message.js'
 import { PAGE, PAGEMAP_PARENT, type PageRun, pagesFile, writePagemap } from './pagemap.js'
 import { PstreeEntry } from './schema.js'
 
@@ -50,6 +49,7 @@ interface ProcessPages {
   parent?: { runs: PageRun[] }
 }
 
+/** A prepared image in memory, ready to be derived from. */
 export class ForkImage {
   readonly ids: readonly number[]
   readonly rootPid: number
@@ -58,7 +58,6 @@ export class ForkImage {
   readonly #set: ImageSet
   readonly #pages: ProcessPages[]
   readonly #withIds: string[]
-  readonly #otherNames: string[]
 
   /**
    * `deathSignal`: forks end with their supervisor. `replaced`: files that are to be taken from elsewhere.
@@ -78,42 +77,28 @@ export class ForkImage {
     if (options.deathSignal) setDeathSignal(set)
     if (options.replaced && options.replaced.size > 0) replaceFiles(set, options.replaced)
     this.#withIds = filesWithIds(set)
-    const rewritten = new Set(this.#pages.filter(({ parent }) => !parent).map(({ pagesId }) => pagesFile(pagesId)))
-    const partial = new Set(
-      this.#pages
-        .filter(({ parent }) => parent)
-        .flatMap(({ pid, pagesId }) => [pagesFile(pagesId), `pagemap-${pid}.img`]),
-    )
-    this.#otherNames = readdirSync(directory).filter(
-      (name) => name.endsWith('.img') && !rewritten.has(name) && !partial.has(name),
-    )
   }
 
   derive(ids: FreshIds): DerivedImage {
-    const set = this.#set
+    const set = this.#set.copy()
+    const tree = renamedTree(set, ids)
+    set.put('pstree.img', PstreeEntry, tree)
+    renameIdsInside(set, this.#withIds, ids)
     const files = new Map<string, Uint8Array>()
     const links = new Map<string, string>()
-    const changed = this.#withIds.length > 0 ? this.#renamedInside(ids) : set
-    const own = new Set([...set.changed, ...this.#withIds])
-    for (const name of this.#otherNames) {
-      if (name === 'pstree.img') continue
-      if (own.has(name)) files.set(renamedFile(name, ids), changed.bytes(name))
+    for (const pages of this.#pages) this.#addPages(set, pages, ids, files, links)
+    const changed = new Set(set.changed)
+    for (const name of set.names) {
+      if (changed.has(name)) files.set(renamedFile(name, ids), set.bytes(name))
       else links.set(renamedFile(name, ids), name)
     }
-    const tree = renamedTree(set, ids)
-    files.set(
-      'pstree.img',
-      framed(
-        set,
-        'pstree.img',
-        tree.map((entry) => encode(PstreeEntry, entry)),
-      ),
-    )
-    for (const pages of this.#pages) this.#addPages(pages, ids, files, links)
+    for (const name of set.rawNames) if (!files.has(name)) links.set(name, name)
     return { files, links, rootPid: ids.get(this.rootPid)!, pids: tree.map(({ pid }) => pid) }
   }
 
+  /** The pages that hold ids; and where those are not all, the parent image that has the others. */
   #addPages(
+    set: ImageSet,
     { pid, pagesId, places, bytes, parent }: ProcessPages,
     ids: FreshIds,
     files: Map<string, Uint8Array>,
@@ -124,31 +109,14 @@ export class ForkImage {
       if (width === 8) patched.writeBigUInt64LE(BigInt(ids.get(threadId)!), offset)
       else patched.writeInt32LE(ids.get(threadId)!, offset)
     }
-    files.set(pagesFile(pagesId), patched)
+    const pages = pagesFile(pagesId)
+    files.set(pages, patched)
     if (!parent) return
     const pagemap = `pagemap-${pid}.img`
-    const edited = ImageSet.of(this.directory, [[pagemap, this.#set.bytes(pagemap)]], [])
-    writePagemap(edited, pagemap, parent.runs)
-    files.set(renamedFile(pagemap, ids), edited.bytes(pagemap))
+    writePagemap(set, pagemap, parent.runs)
     links.set(`parent/${renamedFile(pagemap, ids)}`, pagemap)
-    links.set(`parent/${pagesFile(pagesId)}`, pagesFile(pagesId))
+    links.set(`parent/${pages}`, pages)
   }
-
-  #renamedInside(ids: FreshIds): ImageSet {
-    const copy = ImageSet.of(
-      this.directory,
-      this.#set.names.map((name) => [name, this.#set.bytes(name)] as const),
-      [],
-    )
-    renameIdsInside(copy, this.#withIds, ids)
-    return copy
-  }
-}
-
-function framed(set: ImageSet, name: string, messages: Uint8Array[]): Uint8Array {
-  const copy = ImageSet.of(set.directory, [[name, set.bytes(name)]], [])
-  copy.putMessages(name, messages)
-  return copy.bytes(name)
 }
 
 function loadPages(set: ImageSet, process: ReturnType<ImageSet['processes']>[number]): ProcessPages {

@@ -27,8 +27,9 @@ export interface ImageFile {
 export function isRaw(name: string): boolean {
   return (
     /^pages-/.test(name) ||
-    /^(tmpfs|ifaddr|route6?|rule|ip6?tables|nftables|netns-(ct|exp)|autofs)-/.test(name) ||
-    /^tmpfs-dev-/.test(name)
+    /^(tmpfs|ifaddr|route6?|rule|ip6?tables|nftables|netns-(ct|exp))-/.test(name) ||
+    // These are framed, with payloads that nobody here reads; they stand in images of namespaces and of BPF maps only.
+    /^(ipcns-(shm|msg)|autofs)-|^bpfmap-data\./.test(name)
   )
 }
 

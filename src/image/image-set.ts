@@ -8,7 +8,17 @@ import { WarmforkError } from '../errors.js'
 import { corrupt, truncated } from './failure.js'
 import { buildImageFile, decodeIn, type ImageFile, isRaw, parseImageFile } from './image-file.js'
 import { type Decoded, encode, type Fields, type Message } from './message.js'
-import { CoreEntry, FdinfoEntry, FileEntry, InventoryEntry, MmEntry, PstreeEntry } from './schema.js'
+import {
+  CoreEntry,
+  FdinfoEntry,
+  FileEntry,
+  InventoryEntry,
+  MmEntry,
+  PstreeEntry,
+  RemapEntry,
+  TASK_DEAD,
+} from './schema.js'
+import { checkWhole } from './whole.js'
 
 /** Versions of CRIU's image format (inventory) that are known: 1 since CRIU 1.0, 2 since 1.6. */
 const KNOWN_VERSIONS = [1, 2]
@@ -41,13 +51,15 @@ export class ImageSet {
         happened: `its image version is ${version}`,
       })
     }
+    checkWhole(set)
     return set
   }
 
-  /** An image as it is kept for forks: framed files only, from memory. */
-  static of(directory: string, files: Iterable<readonly [string, Uint8Array]>, rawNames: readonly string[]): ImageSet {
-    const set = new ImageSet(directory, rawNames)
-    for (const [name, bytes] of files) set.#files.set(name, parseImageFile(name, bytes))
+  /** One that can be edited without changing this one. */
+  copy(): ImageSet {
+    const set = new ImageSet(this.directory, this.rawNames)
+    for (const [name, file] of this.#files) set.#files.set(name, file)
+    for (const name of this.#changed) set.#changed.add(name)
     return set
   }
 
@@ -93,20 +105,19 @@ export class ImageSet {
     )
   }
 
+  /** The same, of messages that are encoded already. */
   putMessages(name: string, messages: readonly Uint8Array[]): void {
     const { family, magic } = this.file(name)
     this.#files.set(name, { family, magic, entries: messages.map((message) => ({ message })) })
     this.#changed.add(name)
   }
 
-  delete(name: string): void {
-    this.#files.delete(name)
-    this.#changed.delete(name)
-  }
-
   /** The processes of the image, the root first. */
   processes(): Process[] {
-    return this.all('pstree.img', PstreeEntry).map((entry) => ({ ...entry, dead: !this.has(`mm-${entry.pid}.img`) }))
+    return this.all('pstree.img', PstreeEntry).map((entry) => ({
+      ...entry,
+      dead: this.core(entry.pid).task?.taskState === TASK_DEAD,
+    }))
   }
 
   core(threadId: number): Decoded<typeof CoreEntry.fields> {
@@ -123,6 +134,11 @@ export class ImageSet {
 
   files(): Decoded<typeof FileEntry.fields>[] {
     return this.has('files.img') ? this.all('files.img', FileEntry) : []
+  }
+
+  /** The files that another one stands in for, since their paths do not name them any more. */
+  remaps(): Decoded<typeof RemapEntry.fields>[] {
+    return this.has('remap-fpath.img') ? this.all('remap-fpath.img', RemapEntry) : []
   }
 
   /** Every open descriptor, with the file of the image that lists it. */

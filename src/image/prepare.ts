@@ -3,7 +3,7 @@
  * the edited one into another, with the page file beside. Everything is read, checked and planned before the first byte
  * is written; the caller throws the target away when this fails.
  */
-import { linkSync, readdirSync, statSync, writeFileSync } from 'node:fs'
+import { linkSync, statSync, writeFileSync } from 'node:fs'
 import { type FileHandle, open } from 'node:fs/promises'
 import { join } from 'node:path'
 import { AddressSpace } from './address-space.js'
@@ -129,6 +129,7 @@ async function writeImage(
   const { source, target } = options
   const rebuilt = new Map([...plan.kept].map(([pid, runs]) => [pagesFile(pagesIds.get(pid)!), runs]))
   const changed = new Set(set.changed)
+  // Restores need images only: logs and statistics of the dump stay behind.
   for (const name of set.names) {
     if (changed.has(name)) writeFileSync(join(target, name), set.bytes(name), { flag: 'wx', mode: 0o600 })
     else linkSync(join(source, name), join(target, name))
@@ -137,11 +138,6 @@ async function writeImage(
     const kept = rebuilt.get(name)
     if (kept) await copyRuns(join(source, name), join(target, name), kept)
     else linkSync(join(source, name), join(target, name))
-  }
-  for (const name of readdirSync(source)) {
-    // Restores need nothing else: logs and statistics of the dump stay behind.
-    if (!name.endsWith('.img') || set.has(name) || set.rawNames.includes(name)) continue
-    linkSync(join(source, name), join(target, name))
   }
 }
 

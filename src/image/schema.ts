@@ -40,11 +40,15 @@ const PosixTimer = message({
 const TaskTimers = message({ posix: repeated(4, PosixTimer) })
 
 const TaskCore = message({
+  /** See TASK_DEAD. */
   taskState: required(1, 'uint32'),
   exitCode: required(2, 'uint32'),
   comm: required(6, 'string'),
   timers: optional(7, TaskTimers),
 })
+
+/** State of a zombie: it has an exit status and no memory. */
+export const TASK_DEAD = 2
 
 const ThreadCore = message({
   deathSignal: optional(8, 'uint32'),
@@ -216,7 +220,7 @@ export const UnixSocket = message({
   name: required(11, 'bytes'),
 })
 
-export const PipeFile = message({
+const PipeFile = message({
   id: required(1, 'uint32'),
   /** The inode of the pipe. */
   pipeId: required(2, 'uint32'),
@@ -229,15 +233,31 @@ const PidFd = message({
   ino: required(2, 'uint32'),
   flags: required(3, 'uint32'),
   pid: required(4, 'int32'),
+  owner: required(5, FileOwner),
 })
+
+/** Of the other kinds of open files only the owner matters here: it names a process. */
+const owned = (owner: number) => message({ id: required(1, 'uint32'), owner: required(owner, FileOwner) })
 
 export const FileEntry = message({
   type: required(1, 'enum'),
   id: required(2, 'uint32'),
   regular: optional(3, RegularFile),
   inet: optional(4, InetSocket),
+  packet: optional(6, owned(6)),
+  netlink: optional(7, owned(11)),
+  eventfd: optional(8, owned(3)),
+  eventpoll: optional(9, owned(3)),
+  signalfd: optional(10, owned(3)),
+  timerfd: optional(12, owned(3)),
+  inotify: optional(13, owned(4)),
+  fanotify: optional(14, owned(3)),
+  external: optional(15, owned(5)),
   unix: optional(16, UnixSocket),
   pipe: optional(18, PipeFile),
+  tty: optional(19, owned(4)),
+  memfd: optional(20, owned(4)),
+  bpfMap: optional(21, owned(4)),
   pidfd: optional(22, PidFd),
 })
 export type FileEntry = MessageOf<typeof FileEntry>
@@ -250,12 +270,19 @@ export const FdinfoEntry = message({
 })
 export type FdinfoEntry = MessageOf<typeof FdinfoEntry>
 
-export const IdsEntry = message({
-  vmId: required(1, 'uint32'),
-  filesId: required(2, 'uint32'),
-  fsId: required(3, 'uint32'),
-  sighandId: required(4, 'uint32'),
+export const IdsEntry = message({ vmId: required(1, 'uint32'), filesId: required(2, 'uint32') })
+
+export const FsEntry = message({ cwdId: required(1, 'uint32'), rootId: required(2, 'uint32') })
+
+/** What stands in for a file whose path names it no more. */
+export const RemapEntry = message({
+  fileId: required(1, 'uint32'),
+  remapId: required(2, 'uint32'),
+  /** See REMAP_GHOST. */
+  type: optional(3, 'enum'),
 })
+/** An unlinked file, whose content the image holds. */
+export const REMAP_GHOST = 1
 
 export const TtyInfoEntry = message({
   id: required(1, 'uint32'),

@@ -7,7 +7,7 @@ import type { AddressSpace } from '../address-space.js'
 import { unsupported } from '../failure.js'
 import type { ImageSet } from '../image-set.js'
 import { PAGE } from '../pagemap.js'
-import { FileEntry, type PstreeEntry, PstreeEntry as PstreeSchema, TtyInfoEntry } from '../schema.js'
+import { FileEntry, PstreeEntry, TtyInfoEntry } from '../schema.js'
 
 /** Where a thread's id stands in memory. */
 export interface IdPlace {
@@ -81,16 +81,20 @@ export function pagesOf(places: readonly IdPlace[]): bigint[] {
   return [...new Set(places.map(({ address }) => pageOf(address)))].sort((a, b) => (a < b ? -1 : 1))
 }
 
-/** All ids that an image's processes and threads have: each needs a fresh one in a fork. */
+/**
+ * All ids that an image's processes and threads have: each needs a fresh one in a fork. So do groups and sessions whose
+ * leader has ended, since CRIU makes a short-lived leader of that id. (The root leads a session, so none lies outside.)
+ */
 export function idsOf(set: ImageSet): number[] {
-  return [...new Set(set.processes().flatMap(({ pid, threads }) => [pid, ...threads]))]
+  const ids = set.processes().flatMap(({ pid, pgid, sid, threads }) => [pid, ...threads, pgid, sid])
+  return [...new Set(ids)].filter((id) => id !== 0)
 }
 
 const renamed = (ids: ReadonlyMap<number, number>, id: number) => ids.get(id) ?? id
 
-/** The process tree under its new ids. Ids of groups and sessions whose leader is not in the image stay. */
+/** The process tree under its new ids. */
 export function renamedTree(set: ImageSet, ids: ReadonlyMap<number, number>): PstreeEntry[] {
-  return set.all('pstree.img', PstreeSchema).map((entry) => ({
+  return set.all('pstree.img', PstreeEntry).map((entry) => ({
     ...entry,
     pid: renamed(ids, entry.pid),
     ppid: renamed(ids, entry.ppid),
@@ -163,9 +167,9 @@ export function renameIdsInside(set: ImageSet, names: readonly string[], ids: Re
   }
 }
 
-/** The signal owners (F_SETOWN) that an open file may carry. */
-function ownersOf(file: ReturnType<ImageSet['files']>[number]): { pid: number }[] {
-  return [file.regular, file.inet, file.unix, file.pipe].flatMap((kind) =>
-    kind && kind.owner.pid !== 0 ? [kind.owner] : [],
+/** The signal owners (F_SETOWN) that an open file may carry: any kind can have one. */
+function ownersOf(file: FileEntry): { pid: number }[] {
+  return Object.values(file).flatMap((kind) =>
+    typeof kind === 'object' && 'owner' in kind && kind.owner.pid !== 0 ? [kind.owner] : [],
   )
 }

@@ -5,7 +5,7 @@
  *
  * The edit changes mm, files and pagemap images and gives a plan; `prepare` carries out what the plan copies.
  */
-import type { AddressSpace } from '../address-space.js'
+import { type AddressSpace, mappableFiles } from '../address-space.js'
 import type { ImageSet } from '../image-set.js'
 import { earlier, later, PAGE, type PageRun, runsWithin, writePagemap } from '../pagemap.js'
 import { FILE_TYPE, FileEntry, MADV, MAP, MmEntry, VMA_STATUS, type VmaEntry } from '../schema.js'
@@ -98,8 +98,9 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
   const fileId = files.reduce((most, { id }) => Math.max(most, id), 0) + 1
   const paths = new Map(files.flatMap(({ id, regular }) => (regular ? [[id, regular] as const] : [])))
 
+  const mappable = mappableFiles(set)
   const isUnchanged = (id: number) => {
-    const file = paths.get(id)
+    const file = mappable.has(id) ? paths.get(id) : undefined
     return file !== undefined && edit.isUnchanged(file.name, file.size === undefined ? undefined : Number(file.size))
   }
   const wanted = edit.processes.map(({ memory, runs, keepOut, leaveAlone }) => ({
