@@ -29,6 +29,7 @@ const FREESTANDING = [
   '-fvisibility=hidden',
   '-Wl,--build-id=none',
   '-Wl,-z,noexecstack',
+  '-Wl,-z,noseparate-code',
   '-s',
 ]
 
