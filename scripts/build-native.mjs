@@ -104,10 +104,10 @@ function main() {
     const missing = targets.filter((target) => !existsSync(join(directory, target.output)))
     const names = (missing.length > 0 ? missing : stale).map((target) => target.output).join(' and ')
     if (missing.length === 0) {
-      console.warn(`warning: no C compiler was found; ${names} stays as it was built before, older than its sources.`)
+      console.warn(`warning: no C compiler was found; ${names} may be older than the sources.`)
       return 0
     }
-    console.error(`error: ${names} must be built and no C compiler was found. Install one: apt-get install gcc`)
+    console.error(`error: no C compiler was found to build ${names}. Install one: apt-get install gcc`)
     return 1
   }
   mkdirSync(directory, { recursive: true })
