@@ -1,0 +1,173 @@
+/** Shows how the start of a supervisor goes on, on stderr: a list with spinners on a terminal, plain lines else. It starts nothing. */
+import { isatty } from 'node:tty'
+import type { GenerationInfo } from '../engines/engine.js'
+import type { StartPhase, Supervisor, Warning } from '../supervisor.js'
+import { printError } from './output.js'
+import { formatDuration, formatMiB } from './quantities.js'
+import { visible } from './table.js'
+
+export interface Plan {
+  readonly command: readonly string[]
+  readonly warmsUp: boolean
+  readonly poolSize: number
+}
+
+export interface Progress {
+  /** Follows the events of the supervisor; call it before anything has happened. */
+  follow(supervisor: Supervisor): void
+  /** The start is over, well or not. */
+  finish(error?: unknown): Promise<void>
+}
+
+/** No progress, but warnings where they are wanted. */
+export const SILENT: Progress = { follow: () => {}, finish: async () => {} }
+
+export function progress(plan: Plan, lines: boolean = !isatty(2)): Progress {
+  return lines ? new Lines(plan) : new List(plan)
+}
+
+const PHASES: readonly StartPhase[] = ['boot', 'ready', 'warmup', 'rest', 'checkpoint', 'pool']
+
+function title(phase: StartPhase, { command, poolSize }: Plan): string {
+  switch (phase) {
+    case 'boot':
+      return `start ${visible(command.join(' ')).slice(0, 60)}`
+    case 'ready':
+      return 'wait until it is ready'
+    case 'warmup':
+      return 'warm it up'
+    case 'rest':
+      return 'wait until it has nothing in hand'
+    case 'checkpoint':
+      return 'checkpoint it'
+    case 'pool':
+      return `park ${poolSize} ${poolSize === 1 ? 'child' : 'children'}`
+  }
+}
+
+/** What is to come, with this plan. */
+function phasesOf(plan: Plan): StartPhase[] {
+  return PHASES.filter((phase) => (phase !== 'warmup' || plan.warmsUp) && (phase !== 'pool' || plan.poolSize > 0))
+}
+
+/** How large the thing is that takes long. */
+function sizeOf(supervisor: Supervisor): string {
+  const bytes = supervisor.template?.memory?.rssBytes
+  return bytes === undefined ? '' : ` (${formatMiB(bytes)} MiB)`
+}
+
+function describe(generation: GenerationInfo): string {
+  const size = generation.sizeBytes > 0 ? `, ${formatMiB(generation.sizeBytes)} MiB on disk` : ''
+  const memory = generation.memory === 'cow' ? 'memory is shared' : 'memory is copied'
+  return `generation ${generation.number}: ${formatMiB(generation.rssBytes)} MiB${size}, ${memory}`
+}
+
+export function formatWarning({ message }: Pick<Warning, 'message'>): string {
+  return `warmfork: warning: ${message}`
+}
+
+class Lines implements Progress {
+  #generation: GenerationInfo | undefined
+
+  constructor(private readonly plan: Plan) {}
+
+  follow(supervisor: Supervisor): void {
+    supervisor.on('generation', (generation) => {
+      this.#generation = generation
+    })
+    supervisor.on('progress', (phase, elapsedMs) => {
+      const phases = phasesOf(this.plan)
+      if (!phases.includes(phase)) return
+      const made = phase === 'checkpoint' && this.#generation ? `, ${describe(this.#generation)}` : ''
+      printError(`warmfork: ${title(phase, this.plan)}: ${formatDuration(elapsedMs)}${made}`)
+      // The one step that takes long with a large process is announced, too.
+      if (phases[phases.indexOf(phase) + 1] === 'checkpoint') {
+        printError(`warmfork: ${title('checkpoint', this.plan)}${sizeOf(supervisor)} …`)
+      }
+    })
+  }
+
+  async finish(): Promise<void> {}
+}
+
+interface Step {
+  readonly done: Promise<string>
+  finish(text: string): void
+  fail(error: unknown): void
+  retitle?: (text: string) => void
+}
+
+class List implements Progress {
+  readonly #steps = new Map<StartPhase, Step>()
+  readonly #shown: Promise<unknown>
+  #generation: GenerationInfo | undefined
+
+  constructor(private readonly plan: Plan) {
+    for (const phase of phasesOf(plan)) this.#steps.set(phase, step())
+    this.#shown = this.#show()
+  }
+
+  follow(supervisor: Supervisor): void {
+    supervisor.on('generation', (generation) => {
+      this.#generation = generation
+    })
+    supervisor.on('progress', (phase, elapsedMs) => {
+      const made = phase === 'checkpoint' && this.#generation ? `, ${describe(this.#generation)}` : ''
+      for (const [each, { finish }] of this.#steps) {
+        // A phase that the engine leaves out is over with the next one.
+        if (PHASES.indexOf(each) < PHASES.indexOf(phase)) finish('')
+        if (each === phase) finish(` ${formatDuration(elapsedMs)}${made}`)
+      }
+      const phases = phasesOf(this.plan)
+      if (phases[phases.indexOf(phase) + 1] === 'checkpoint') {
+        this.#steps.get('checkpoint')?.retitle?.(`${title('checkpoint', this.plan)}${sizeOf(supervisor)}`)
+      }
+    })
+  }
+
+  async finish(error?: unknown): Promise<void> {
+    for (const { finish, fail } of this.#steps.values()) {
+      if (error === undefined) finish('')
+      else fail(error)
+    }
+    await this.#shown
+  }
+
+  async #show(): Promise<void> {
+    const { Listr, ListrLogger, ProcessOutput } = await import('listr2')
+    const list = new Listr(
+      [...this.#steps].map(([phase, shown]) => ({
+        title: title(phase, this.plan),
+        task: async (_: unknown, task: { title: string }) => {
+          shown.retitle = (text) => {
+            task.title = text
+          }
+          const text = await shown.done
+          if (text) task.title = `${task.title}:${text}`
+        },
+      })),
+      {
+        // stdout is for the one JSON document. What the program writes does not come through here.
+        fallbackRendererCondition: () => false,
+        rendererOptions: {
+          logger: new ListrLogger({ processOutput: new ProcessOutput(process.stderr, process.stderr) }),
+          showErrorMessage: false,
+          collapseErrors: true,
+        },
+      },
+    )
+    // The error is reported by whoever started the supervisor.
+    await list.run().catch(() => {})
+  }
+}
+
+function step(): Step {
+  let finish!: (text: string) => void
+  let fail!: (error: unknown) => void
+  const done = new Promise<string>((resolve, reject) => {
+    finish = resolve
+    fail = reject
+  })
+  done.catch(() => {})
+  return { done, finish, fail }
+}
