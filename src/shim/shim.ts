@@ -126,12 +126,6 @@ export function seesProc(pid: number): boolean {
   return existsSync(`/proc/${pid}/root/proc/stat`)
 }
 
-/** Whether a process runs a static Go program: its runtime clears memory itself, and so needs no shim. */
-export function isStaticGo(pid: number): boolean {
-  const elf = inspectProgram(`/proc/${pid}/exe`)
-  return elf !== undefined && !elf.interpreter && elf.go
-}
-
 function isShim(path: string): boolean {
   return path === SHIM_NAME || path.endsWith(`/${SHIM_NAME}`)
 }

@@ -10,7 +10,7 @@ import type { Lease } from '../../generations/lease.js'
 import { ForkImage } from '../../image/derive.js'
 import type { Listener } from '../../image/edits/listeners.js'
 import { ids } from '../../linux/ids.js'
-import { sendSignal, signalNumber } from '../../linux/libc.js'
+import { idInUse, sendSignal, signalNumber } from '../../linux/libc.js'
 import { stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import type { ForkedProcess, ForkOptions, ForkSource, StdioFds } from '../engine.js'
@@ -211,7 +211,8 @@ export class CriuForkSource implements ForkSource {
     for (const one of pids) launcher.track(one)
     const lease = generation.lease(pid, startTicks)
     const forked = new RestoredProcess(pid, pids, pipes, generation.number, () => {
-      for (const one of pids) launcher.forget(one)
+      // What it has started may outlive it; by its group the guard finds that at the end.
+      for (const one of pids) if (!idInUse(one)) launcher.forget(one)
       lease.release()
     })
     return forked

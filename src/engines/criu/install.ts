@@ -61,6 +61,9 @@ const SUITES = ['testing', 'unstable', 'bookworm-backports', 'trixie']
 const UNREACHABLE =
   /Could not connect|Unable to connect|Could not resolve|Temporary failure resolving|connection timed out|Cannot initiate the connection/i
 
+/** What apt says of lists whose `Valid-Until` is past, or whose `Date` is to come. */
+const EXPIRED = /is expired \(invalid since|is not valid yet/
+
 const DEBIAN_KEYRINGS = [
   '/usr/share/keyrings/debian-archive-keyring.gpg',
   '/usr/share/keyrings/debian-archive-keyring.pgp',
@@ -225,7 +228,9 @@ async function chooseSuite(
     for (const suite of SUITES) {
       say(`looking for criu in Debian ${suite}`)
       try {
-        await apt.update(uri, suite, keyring)
+        await apt.update(uri, suite, keyring, () => {
+          say(`the lists of Debian ${suite} are out of date (or the clock is wrong); their signature holds`)
+        })
       } catch (error) {
         run.throwIfOver()
         last = error
@@ -310,12 +315,24 @@ class AptState {
     return this
   }
 
-  /** Replaces the lists by those of one suite; apt checks their signatures. */
-  async update(uri: string, suite: string, keyring: string | undefined): Promise<void> {
+  /**
+   * Replaces the lists by those of one suite; apt checks their signatures. Of a mirror that stands still, or where the clock
+   * is wrong, apt refuses lists whose time is over: they are taken all the same, and `expired` is called. The signature
+   * holds; what the time protects from is to be kept from newer versions, and here any suitable one is new.
+   */
+  async update(uri: string, suite: string, keyring: string | undefined, expired: () => void): Promise<void> {
     const signedBy = keyring ? `[signed-by=${keyring}] ` : ''
     writeFileSync(join(this.#directory, 'sources.list'), `deb ${signedBy}${uri} ${suite} main\n`)
     // Without Error-Mode, apt-get answers a mirror that cannot be reached with a warning and status 0.
-    await this.get(['-o', 'APT::Update::Error-Mode=any', 'update'], `read the packages of Debian ${suite}`)
+    const args = ['-o', 'APT::Update::Error-Mode=any', 'update']
+    const tried = `read the packages of Debian ${suite}`
+    try {
+      await this.get(args, tried)
+    } catch (error) {
+      if (!EXPIRED.test((error as WarmforkError).output ?? '')) throw error
+      expired()
+      await this.get(['-o', 'Acquire::Check-Valid-Until=false', '-o', 'Acquire::Check-Date=false', ...args], tried)
+    }
   }
 
   get(args: readonly string[], tried: string): Promise<string> {

@@ -3,7 +3,7 @@
  * zeros afterwards would read the page file's bytes; the preloaded shim answers that. Where it is absent, a process is
  * copied, but for Go's static programs, whose runtime clears what it reuses.
  */
-import { carriesShim, isStaticGo, seesProc, whyWithoutShim } from '../../shim/shim.js'
+import { carriesShim, isGoProgram, seesProc, whyWithoutShim } from '../../shim/shim.js'
 import type { MemoryMode } from '../engine.js'
 
 export interface MemoryChoice {
@@ -18,7 +18,7 @@ export function chooseMemory(
   nameOf: (pid: number) => string,
 ): MemoryChoice {
   if (wanted === 'copy') return { mode: 'copy', isShared: () => false, warnings: [] }
-  const without = pids.filter((pid) => !(carriesShim(pid) && seesProc(pid)) && !isStaticGo(pid))
+  const without = pids.filter((pid) => !(carriesShim(pid) && seesProc(pid)) && !isGoProgram(pid))
   const described = without.map(
     (pid) =>
       `process ${pid} (${nameOf(pid)}) cannot share its memory safely. ${whyWithoutShim(pid) ?? 'Its root directory has no /proc, which the preloaded shim needs.'}`,

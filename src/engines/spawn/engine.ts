@@ -97,7 +97,7 @@ function unsupported(tried: string): WarmforkError {
 /** A fork on the caller's descriptors: it runs from its start, as it is claimed at once. */
 class Started implements ForkedProcess {
   readonly pipes = undefined
-  running = false
+  readonly running = true
   readonly #template: Template
 
   constructor(
@@ -119,9 +119,7 @@ class Started implements ForkedProcess {
     return this.#template.exited
   }
 
-  resume(): void {
-    this.running = true
-  }
+  resume(): void {}
 
   kill(signal: NodeJS.Signals): boolean {
     return this.#template.kill(signal)
@@ -228,7 +226,10 @@ async function stopTree(template: Template): Promise<ProcStat[]> {
         happened: `process ${awake[0]!.pid} (${awake[0]!.comm}) did not stop within ${STOP_TIMEOUT_MS} ms`,
       })
     }
-    for (const member of awake) signalIfSame(member, 'SIGSTOP')
+    // Parents first: one that waits for its child to exec (vfork) stops only after that, and would wait for ever for a child that was
+    // stopped before.
+    const stillAwake = new Set(awake.map((member) => member.pid))
+    for (const member of awake) if (!stillAwake.has(member.ppid)) signalIfSame(member, 'SIGSTOP')
     await sleep(1)
   }
 }
