@@ -32,7 +32,7 @@ const at = (...parts) => join(root, ...parts)
 
 /** What of Debian is needed, and what for. Only what is missing is installed; nothing else is touched. */
 const BUILD_PACKAGES = [
-  { name: 'gcc', file: 'gcc', why: 'compiles the preload shim and the guard' },
+  { name: 'gcc', file: 'gcc', why: 'compiles the native parts: preload shim, guard' },
   { name: 'libc6-dev', file: '/usr/include/stdio.h', why: 'headers for them and for the test programs in C' },
 ]
 const TEST_PACKAGES = [
@@ -177,13 +177,22 @@ async function debianPackages(packages, required) {
   const wait = ['-o', 'DPkg::Lock::Timeout=300']
   const update = () => run('apt-get', [...wait, '-q', 'update'], options)
   const install = () => run('apt-get', [...wait, '-q', '-y', '--no-install-recommends', 'install', ...names], options)
-  if (!hasLists()) await update()
+  // One source of many that is out of date makes an update fail, though all that is needed may be there.
+  let failed
+  const tryUpdate = () =>
+    update().catch((error) => {
+      failed = error
+    })
+  if (!hasLists()) await tryUpdate()
   try {
     await install()
-  } catch {
+  } catch (error) {
+    if (failed) throw failed
     // Old lists name versions that the mirror has no more.
-    await update()
-    await install()
+    await tryUpdate()
+    await install().catch(() => {
+      throw failed ?? error
+    })
   }
   return true
 }
@@ -197,16 +206,17 @@ function hasLists() {
 }
 
 async function nativeParts() {
-  const built = ['libwarmfork-shim.so', 'warmfork-guard'].map((name) => at('native/prebuilt/linux-x64', name))
-  const sources = hashOf([at('src/shim'), at('src/guard'), at('scripts/build-native.mjs')], ['.c', '.h', '.mjs'])
-  if (built.every((path) => existsSync(path)) && readStamps().native === sources) return false
+  const directory = at('native/prebuilt/linux-x64')
+  const sources = hashOf([at('src'), at('scripts/build-native.mjs')], ['.c', '.h'])
+  const before = readStamps().native
+  if (before?.sources === sources && before.built.every((name) => existsSync(join(directory, name)))) return false
   if (process.platform === 'linux' && process.arch === 'x64') await debianPackages(BUILD_PACKAGES, true)
-  say('building the preload shim and the guard')
+  say('building the native parts')
   await run(process.execPath, [at('scripts/build-native.mjs')], {
     timeoutMs: BUILD_TIMEOUT_MS,
-    remedy: 'Read the compiler’s words above.',
+    remedy: "Read the compiler's words above.",
   })
-  stamp('native', sources)
+  stamp('native', { sources, built: existsSync(directory) ? readdirSync(directory) : [] })
   return true
 }
 

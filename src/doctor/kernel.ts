@@ -173,6 +173,16 @@ export function checkConfinement(): CheckResult | undefined {
   const [namespaceFirst, hostFirst, count] = read('/proc/self/uid_map').split(/\s+/).map(Number)
   const mapped = namespaceFirst !== 0 || hostFirst !== 0 || count !== 4294967295
   const lines: string[] = []
+  // criu finds no root of the mounts there: "No parent found for mountpoint". Tried.
+  if (!/^\d+ \d+ \S+ \S+ \/ /m.test(read('/proc/self/mountinfo'))) {
+    return {
+      name,
+      status: 'warn',
+      found: 'in a chroot whose root is not a mount point',
+      cost: 'criu cannot dump there',
+      remedy: 'Bind the directory to itself before the chroot: mount --bind DIR DIR.',
+    }
+  }
   if (mapped) lines.push('in a user namespace')
   if (/\(enforce\)/.test(profile)) lines.push(`AppArmor profile ${profile}`)
   if (lines.length === 0) return undefined
