@@ -95,7 +95,9 @@ interface Slot extends Stretch {
 
 export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
   const files = set.files()
-  const fileId = files.reduce((most, { id }) => Math.max(most, id), 0) + 1
+  // Each process has an entry of its own for the page file: criu takes mappings of a child and its parent at the same addresses
+  // and of the same entry for one mapping that was inherited, whatever their offsets, and gives the child the parent's slot.
+  const firstFileId = files.reduce((most, { id }) => Math.max(most, id), 0) + 1
   const paths = new Map(files.flatMap(({ id, regular }) => (regular ? [[id, regular] as const] : [])))
 
   const mappable = mappableFiles(set)
@@ -120,7 +122,7 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
   const gap = Math.max(SLOT_ALIGNMENT, Math.min(SLOT_GAP, Math.floor(PAGE_FILE_LIMIT / Math.max(1, slots))))
 
   const plan: MemoryPlan = { copies: [], kept: new Map(), pageFileSize: 0, mappings: 0 }
-  for (const { memory, runs, keepOut, stretches } of wanted) {
+  for (const [order, { memory, runs, keepOut, stretches }] of wanted.entries()) {
     const mm = set.memory(memory.pid)
     const vmas: VmaEntry[] = []
     const shared: Slot[] = []
@@ -136,7 +138,7 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
         const source = { kind: 'file' as const, path: name, offset: Number(vma.pgoff + start - vma.start) }
         plan.copies.push({ source, target: offset, length: Number(end - start) })
       }
-      vmas.push(...splitVma(vma, slots, fileId))
+      vmas.push(...splitVma(vma, slots, firstFileId + order))
       plan.mappings += slots.length
       shared.push(...slots)
     }
@@ -152,8 +154,12 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
   if (slots > 0) {
     // A mount id of -1, CRIU's default, makes it look the path up from the root.
     const owner = { uid: 0, euid: 0, signum: 0, pidType: 0, pid: 0 }
-    const regular = { id: fileId, flags: 0, pos: 0n, owner, name: edit.pageFilePath, buildId: [], ...mountOf(files) }
-    set.put('files.img', FileEntry, [...files, { type: FILE_TYPE.REG, id: fileId, regular }])
+    const entries = wanted.map((_, order) => {
+      const id = firstFileId + order
+      const regular = { id, flags: 0, pos: 0n, owner, name: edit.pageFilePath, buildId: [], ...mountOf(files) }
+      return { type: FILE_TYPE.REG, id, regular }
+    })
+    set.put('files.img', FileEntry, [...files, ...entries])
   }
   return plan
 }
