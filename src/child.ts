@@ -10,7 +10,7 @@ import pidusage from 'pidusage'
 import { endTrees } from './ending.js'
 import type { ForkedProcess } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
-import { descendants, isAlive, memoryUse } from './linux/proc.js'
+import { descendants, isStopped, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
 
 /** A parked child has not run yet, a running one is the user's, an ended one has an exit status. */
@@ -248,9 +248,10 @@ export class Child extends EventEmitter<ChildEvents> {
   resume(): void {
     if (this.#state === 'ended') throw this.#gone('continue it')
     if (this.#state === 'running') return
+    // A signal to a process that has ended but was not reaped yet succeeds: look first. (Not afterwards: it may have done its work
+    // by then, and somebody else would do it again.)
+    if (process.platform === 'linux' && !this.#process.running && !isStopped(this.pid)) throw this.#gone('continue it')
     this.#process.resume()
-    // A signal to a process that has ended but was not reaped yet succeeds: look.
-    if (process.platform === 'linux' && !isAlive(this.pid)) throw this.#gone('continue it')
     this.#run()
   }
 

@@ -7,6 +7,7 @@ import { allPids, isAlive, type ProcStat, stat } from './linux/proc.js'
 
 const ON_LINUX = process.platform === 'linux'
 const LOOK_AGAIN_MS = 25
+const GONE_TIMEOUT_MS = 2_000
 
 export interface Endable {
   readonly pid: number
@@ -76,6 +77,8 @@ export async function endTrees(targets: readonly Endable[], graceMs: number): Pr
     const over = new AbortController()
     await Promise.race([ended, sleep(graceMs, undefined, { signal: over.signal }).catch(() => {})])
     over.abort()
+    // Who has not heard of it from its parent hears it now.
+    for (const orphan of others()) signalIfSame(orphan, 'SIGTERM')
     while (ON_LINUX && Date.now() < deadline && others().length > 0) await sleep(LOOK_AGAIN_MS)
   }
   const left = others()
@@ -85,6 +88,9 @@ export async function endTrees(targets: readonly Endable[], graceMs: number): Pr
   }
   for (const member of left) signalIfSame(member, 'SIGKILL')
   await ended
+  // A killed process needs a moment to be gone; one that waits in the kernel (state D) may need for ever.
+  const giveUpAt = Date.now() + GONE_TIMEOUT_MS
+  while (left.some((each) => isAlive(each.pid, each.startTicks)) && Date.now() < giveUpAt) await sleep(1)
 }
 
 function killGroup(leader: number): void {

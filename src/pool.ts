@@ -74,6 +74,7 @@ export class Pool {
       } catch (error) {
         // It died in this moment. There may be others.
         if (!(error instanceof WarmforkError) || error.code !== 'CHILD_GONE') throw error
+        this.#end(child)
       }
     }
     return undefined

@@ -4,8 +4,8 @@
  */
 import { randomBytes } from 'node:crypto'
 import { EventEmitter } from 'node:events'
-import { chmodSync, mkdirSync } from 'node:fs'
-import { join } from 'node:path'
+import { chmodSync, mkdirSync, rmdirSync, rmSync } from 'node:fs'
+import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { destination, type Logger, pino } from 'pino'
 import { CrashBackoff } from './backoff.js'
@@ -481,7 +481,9 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     }
     this.#generations.push(generation)
     const { number, rssBytes, checkpointMs } = generation
-    this.#log.info(`generation=${number} memory=${generation.memory} rss=${rssBytes} checkpoint ms=${checkpointMs}`)
+    this.#log.info(
+      `generation=${number} memory=${generation.memory} rss=${rssBytes} checkpoint ms=${checkpointMs.toFixed(0)}`,
+    )
     for (const warning of generation.warnings) this.#warn('generation', warning)
     this.emit('generation', generation)
     return generation
@@ -622,10 +624,21 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     await step(() => this.#engine?.close())
     // It ends what is left, and removes our directory.
     await step(() => this.#guard?.end())
+    this.#removeDirectories()
     clearInterval(this.#keepAlive)
     this.#state = 'stopped'
     this.emit('stopped')
     if (failures.length > 0) throw failures[0]
+  }
+
+  #removeDirectories(): void {
+    if (!this.#directory) return
+    rmSync(this.#directory, { recursive: true, force: true })
+    try {
+      rmdirSync(dirname(this.#directory))
+    } catch {
+      // A control socket is in it, or another supervisor of that name.
+    }
   }
 
   #warn(kind: string, message: string, cause?: unknown): void {

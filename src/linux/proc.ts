@@ -50,6 +50,15 @@ export function isAlive(pid: number, startTicks?: number): boolean {
   return startTicks === undefined || found.startTicks === startTicks
 }
 
+/** Whether a process is stopped by a signal, and not about to end: SIGKILL waits for it where somebody has just sent one. */
+export function isStopped(pid: number): boolean {
+  const text = read(`/proc/${pid}/status`)
+  if (!text || !/^State:\tT /m.test(text)) return false
+  const SIGKILL_BIT = 1n << 8n
+  const pending = [...text.matchAll(/^(?:SigPnd|ShdPnd):\t([0-9a-f]+)$/gm)].map((found) => BigInt(`0x${found[1]}`))
+  return pending.every((signals) => !(signals & SIGKILL_BIT))
+}
+
 export function threadIds(pid: number): number[] {
   try {
     return readdirSync(`/proc/${pid}/task`).map(Number)
