@@ -9,7 +9,7 @@ import { BinaryReader, BinaryWriter, WireType } from '@bufbuild/protobuf/wire'
 export type Scalar = 'uint32' | 'int32' | 'sint32' | 'uint64' | 'sint64' | 'bool' | 'enum' | 'string' | 'bytes'
 type FieldType = Scalar | Message<Fields>
 
-interface Field<
+export interface Field<
   T extends FieldType = FieldType,
   R extends 'required' | 'optional' | 'repeated' = 'required' | 'optional' | 'repeated',
 > {
