@@ -6,6 +6,7 @@ import { mkdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from 'n
 import { join } from 'node:path'
 import { AddressSpace } from './address-space.js'
 import { setDeathSignal } from './edits/death-signal.js'
+import { renumberGhosts } from './edits/ghosts.js'
 import {
   filesWithIds,
   findIdPlaces,
@@ -87,13 +88,16 @@ export class ForkImage {
     const files = new Map<string, Uint8Array>()
     const links = new Map<string, string>()
     for (const pages of this.#pages) this.#addPages(set, pages, ids, files, links)
+    const rootPid = ids.get(this.rootPid)!
+    const ghosts = renumberGhosts(set, rootPid)
     const changed = new Set(set.changed)
     for (const name of set.names) {
-      if (changed.has(name)) files.set(renamedFile(name, ids), set.bytes(name))
-      else links.set(renamedFile(name, ids), name)
+      const renamed = ghosts.get(name) ?? renamedFile(name, ids)
+      if (changed.has(name)) files.set(renamed, set.bytes(name))
+      else links.set(renamed, name)
     }
     for (const name of set.rawNames) if (!files.has(name)) links.set(name, name)
-    return { files, links, rootPid: ids.get(this.rootPid)!, pids: tree.map(({ pid }) => pid) }
+    return { files, links, rootPid, pids: tree.map(({ pid }) => pid) }
   }
 
   /** The pages that hold ids; and where those are not all, the parent image that has the others. */

@@ -112,12 +112,20 @@ export class ImageSet {
     this.#changed.add(name)
   }
 
+  /** Leaves only some of a file's entries, each with its payload. */
+  retain(name: string, isKept: (index: number) => boolean): void {
+    const { family, magic, entries } = this.file(name)
+    this.#files.set(name, { family, magic, entries: entries.filter((_, index) => isKept(index)) })
+    this.#changed.add(name)
+  }
+
   /** The processes of the image, the root first. */
   processes(): Process[] {
-    return this.all('pstree.img', PstreeEntry).map((entry) => ({
-      ...entry,
-      dead: this.core(entry.pid).task?.taskState === TASK_DEAD,
-    }))
+    return this.all('pstree.img', PstreeEntry).map((entry) => {
+      const dead = this.core(entry.pid).task?.taskState === TASK_DEAD
+      // CRIU leaves the ids of a zombie's threads unset: what stands there is what lay in its memory.
+      return { ...entry, threads: dead ? [entry.pid] : entry.threads, dead }
+    })
   }
 
   core(threadId: number): Decoded<typeof CoreEntry.fields> {

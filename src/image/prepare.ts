@@ -7,7 +7,7 @@ import { linkSync, statSync, writeFileSync } from 'node:fs'
 import { type FileHandle, open } from 'node:fs/promises'
 import { join } from 'node:path'
 import { AddressSpace } from './address-space.js'
-import { dropLocks, dropSizeChecks } from './edits/file-checks.js'
+import { dropFifoData, dropLocks, dropSizeChecks } from './edits/file-checks.js'
 import { findIdPlaces, pagesOf } from './edits/identity.js'
 import { inheritListeners, type Listener } from './edits/listeners.js'
 import { type KeptRun, type MemoryPlan, type PageFileCopy, planMemory } from './edits/memory.js'
@@ -79,6 +79,7 @@ export async function prepare(options: PrepareOptions): Promise<PreparedImage> {
     }
     const sizeChecksDropped = dropSizeChecks(set)
     const locksDropped = dropLocks(set)
+    dropFifoData(set)
     const listeners = inheritListeners(set)
 
     await writeImage(set, options, new Map(spaces.map((space) => [space.pid, space.pagesId])), plan)

@@ -220,6 +220,9 @@ export const UnixSocket = message({
   name: required(11, 'bytes'),
 })
 
+/** A FIFO; `fileId` is the regular file's entry that has its path. */
+const FifoFile = message({ id: required(1, 'uint32'), pipeId: required(2, 'uint32'), fileId: optional(3, 'uint32') })
+
 const PipeFile = message({
   id: required(1, 'uint32'),
   /** The inode of the pipe. */
@@ -254,6 +257,7 @@ export const FileEntry = message({
   fanotify: optional(14, owned(3)),
   external: optional(15, owned(5)),
   unix: optional(16, UnixSocket),
+  fifo: optional(17, FifoFile),
   pipe: optional(18, PipeFile),
   tty: optional(19, owned(4)),
   memfd: optional(20, owned(4)),

@@ -5,6 +5,7 @@
  */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
+import { ghostFile } from './edits/ghosts.js'
 import { corrupt, truncated } from './failure.js'
 import type { ImageSet, Process } from './image-set.js'
 import { pagesFile, readPagemap } from './pagemap.js'
@@ -37,7 +38,7 @@ export function checkWhole(set: ImageSet): void {
   for (const { image, entry } of set.descriptors()) expectFile(entry.id, image)
   for (const { fileId, remapId, type } of set.remaps()) {
     expectFile(fileId, 'remap-fpath.img')
-    if (type === REMAP_GHOST) set.file(`ghost-file-${remapId.toString(16)}.img`)
+    if (type === REMAP_GHOST) set.file(ghostFile(remapId))
   }
 }
 

@@ -7,7 +7,7 @@ import type { AddressSpace } from '../address-space.js'
 import { unsupported } from '../failure.js'
 import type { ImageSet } from '../image-set.js'
 import { PAGE } from '../pagemap.js'
-import { FileEntry, PstreeEntry, TtyInfoEntry } from '../schema.js'
+import { FileEntry, type PstreeEntry, TtyInfoEntry } from '../schema.js'
 
 /** Where a thread's id stands in memory. */
 export interface IdPlace {
@@ -94,7 +94,7 @@ const renamed = (ids: ReadonlyMap<number, number>, id: number) => ids.get(id) ??
 
 /** The process tree under its new ids. */
 export function renamedTree(set: ImageSet, ids: ReadonlyMap<number, number>): PstreeEntry[] {
-  return set.all('pstree.img', PstreeEntry).map((entry) => ({
+  return set.processes().map((entry) => ({
     ...entry,
     pid: renamed(ids, entry.pid),
     ppid: renamed(ids, entry.ppid),
