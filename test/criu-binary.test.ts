@@ -12,6 +12,7 @@ import {
   parseVersion,
   privateVersions,
   requiredVersion,
+  SYSTEM_PREFIX,
 } from '../src/engines/criu/binary.js'
 import { WarmforkError } from '../src/errors.js'
 
@@ -93,8 +94,12 @@ describe('versions', () => {
 
 describe('the private prefix', () => {
   it('is below XDG_DATA_HOME, and a relative one is ignored', () => {
-    expect(defaultPrefix({ XDG_DATA_HOME: '/data' })).toBe('/data/warmfork/criu')
-    expect(defaultPrefix({ XDG_DATA_HOME: 'data' })).toMatch(/^\/.*\/\.local\/share\/warmfork\/criu$/)
+    expect(defaultPrefix({ XDG_DATA_HOME: '/data' }, 1000)).toBe('/data/warmfork/criu')
+    expect(defaultPrefix({ XDG_DATA_HOME: 'data' }, 1000)).toMatch(/^\/.*\/\.local\/share\/warmfork\/criu$/)
+  })
+
+  it('is one that every user can reach, for root', () => {
+    expect(defaultPrefix({ XDG_DATA_HOME: '/data' }, 0)).toBe(SYSTEM_PREFIX)
   })
 
   it('gives the newest first and passes over what is not complete', () => {

@@ -35,7 +35,7 @@ export interface Criu {
 export interface FindCriuOptions {
   /** A criu to use in place of any other. @default the environment's WARMFORK_CRIU */
   criu?: string
-  /** Where private versions are. @default `$XDG_DATA_HOME/warmfork/criu` (`~/.local/share/warmfork/criu`), then SYSTEM_PREFIX */
+  /** Where private versions are. @default `defaultPrefix()`, then SYSTEM_PREFIX */
   prefix?: string
   /** Directories to look in. @default those of PATH, then /usr/local/sbin and /usr/sbin, which users' PATHs lack */
   path?: readonly string[]
@@ -91,8 +91,12 @@ export function isSuitable(version: CriuVersion, kernelRelease: string): boolean
   return compareVersions(version, requiredVersion(kernelRelease)) >= 0
 }
 
-/** Where `warmfork doctor --install` puts criu: `${XDG_DATA_HOME:-~/.local/share}/warmfork/criu`. */
-export function defaultPrefix(env: NodeJS.ProcessEnv = process.env): string {
+/**
+ * Where `warmfork doctor --install` puts criu: for root SYSTEM_PREFIX, since workers that run as another user may not enter
+ * root's home; else `${XDG_DATA_HOME:-~/.local/share}/warmfork/criu`.
+ */
+export function defaultPrefix(env: NodeJS.ProcessEnv = process.env, uid = process.getuid?.()): string {
+  if (uid === 0) return SYSTEM_PREFIX
   // The XDG specification says to ignore a relative path.
   const data = env.XDG_DATA_HOME?.startsWith('/') ? env.XDG_DATA_HOME : join(homedir(), '.local/share')
   return join(data, 'warmfork/criu')

@@ -41,7 +41,7 @@ import {
 } from './binary.js'
 
 export interface InstallCriuOptions {
-  /** The private prefix; the version becomes a directory in it. @default `$XDG_DATA_HOME/warmfork/criu` (`~/.local/share/warmfork/criu`) */
+  /** The private prefix; the version becomes a directory in it. @default `defaultPrefix()` */
   prefix?: string
   /** @default that of the running kernel (`uname -r`) */
   kernelRelease?: string
@@ -93,7 +93,7 @@ export async function installCriu(options: InstallCriuOptions = {}): Promise<Cri
   } catch (error) {
     throw failure(`write to ${prefix}`, (error as Error).message, {
       cause: error,
-      remedy: 'Make it writable, or set XDG_DATA_HOME.',
+      remedy: 'Make it writable, or run as its owner.',
     })
   }
   const unlock = await lock(prefix, run, say)
