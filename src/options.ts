@@ -341,9 +341,13 @@ const count = (least: number) => {
 const noNul = (text: string) => !text.includes('\0')
 const text = z.string({ error: 'to be a string' }).refine(noNul, 'to be a string without NUL')
 const filledText = text.min(1, 'not to be empty')
+const argvWords = 'to be a non-empty array of strings, the program first'
 const argv = z
-  .tuple([filledText], text, { error: 'to be a non-empty array of strings, the program first' })
-  .readonly() as unknown as z.ZodType<readonly [string, ...string[]]>
+  .array(text, { error: argvWords })
+  .min(1, argvWords)
+  .superRefine((parts, context) => {
+    if (parts[0] === '') context.addIssue({ code: 'custom', path: [0], message: 'not to be empty' })
+  })
 const httpUrl = filledText.refine((url) => /^https?:\/\//.test(url) && URL.canParse(url), 'to be an http or https URL')
 const isFunction = (value: unknown): value is (...args: never[]) => unknown => typeof value === 'function'
 const port = count(1).max(65_535, 'to be a port, 1 to 65535')
@@ -370,10 +374,11 @@ const READY_KINDS = {
   idleMs: group({ idleMs: positiveMs, timeoutMs }),
   check: group({ check: z.custom<ReadyFunction>(isFunction, 'to be a function'), timeoutMs }),
 }
+const urlsWords = 'to be an http or https URL, or an array of such'
 const WARMUP_KINDS = {
   command: group({ command: argv, timeoutMs }),
   http: group({
-    http: z.union([httpUrl, z.array(httpUrl).min(1)], { error: 'to be an http or https URL, or an array of such' }),
+    http: z.union([httpUrl, z.array(httpUrl).min(1, urlsWords)], { error: urlsWords }),
     times: count(1).optional(),
     concurrency: count(1).optional(),
     timeoutMs,

@@ -181,7 +181,7 @@ async function idle(template: Template, idleMs: number, signal: AbortSignal): Pr
     while (samples.length > 1 && samples[1]!.at <= now - idleMs) samples.shift()
     const first = samples[0]!
     const elapsedMs = now - first.at
-    // A process of the tree that ended takes its ticks with it: a change either way is a sign of life.
+    // What nobody waited for takes its ticks with it: a change either way is a sign of life.
     const usedMs = Math.abs(samples.at(-1)!.ticks - first.ticks) * TICK_MS
     if (elapsedMs >= idleMs && usedMs <= elapsedMs * IDLE_CPU && now - template.lastOutputAt >= idleMs) return
     await sleep(Math.min(POLL_MS, idleMs), undefined, { signal })

@@ -7,6 +7,7 @@
 import { closeSync, readdirSync, readFileSync, readlinkSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { WarmforkError } from './errors.js'
+import type { TcpInfo } from './linux/libc.js'
 import { descendants } from './linux/proc.js'
 import { quoted, type Template } from './template.js'
 
@@ -68,11 +69,13 @@ export async function whatIsInHand(root: number): Promise<string | undefined> {
     const connection = `the connection from port ${remotePort} to port ${localPort}`
     if (unread > 0) return `${connection} has ${unread} bytes that it has not read`
     if (unsent > 0) return `${connection} has ${unsent} bytes under way`
-    const times = await lastActivity(socket)
-    if (times === undefined) continue
-    if (times.receivedMs < times.sentMs) return `${connection} brought a request that has no answer yet`
-    if (Math.min(times.receivedMs, times.sentMs) < QUIET_MS)
-      return `${connection} was in use less than ${QUIET_MS} ms ago`
+    const activity = await lastActivity(socket)
+    if (activity === undefined) continue
+    const { lastDataSentMs: sentMs, lastDataReceivedMs: receivedMs, bytesReceived, bytesAcknowledged } = activity
+    // A first request can come in the same tick in which the connection was made.
+    const unanswered = receivedMs < sentMs || (bytesReceived > 0n && bytesAcknowledged === 0n)
+    if (unanswered) return `${connection} brought a request that has no answer yet`
+    if (Math.min(receivedMs, sentMs) < QUIET_MS) return `${connection} was in use less than ${QUIET_MS} ms ago`
   }
   return undefined
 }
@@ -122,14 +125,13 @@ function parseTcpLine(line: string, pid: number, fds: ReadonlyMap<string, number
 }
 
 /** How long ago a connection last took and gave data; undefined without the right to ask (ptrace), or where it is gone. */
-async function lastActivity({ pid, fd }: TcpSocket): Promise<{ sentMs: number; receivedMs: number } | undefined> {
+async function lastActivity({ pid, fd }: TcpSocket): Promise<TcpInfo | undefined> {
   const { pidfdGetfd, pidfdOpen, tcpInfo } = await import('./linux/libc.js')
   const opened: number[] = []
   try {
     opened.push(pidfdOpen(pid))
     opened.push(pidfdGetfd(opened[0]!, fd))
-    const info = tcpInfo(opened[1]!)
-    return { sentMs: info.lastDataSentMs, receivedMs: info.lastDataReceivedMs }
+    return tcpInfo(opened[1]!)
   } catch {
     return undefined
   } finally {

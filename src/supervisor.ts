@@ -3,7 +3,7 @@
  * image, no CRIU and no command line.
  */
 import { randomBytes } from 'node:crypto'
-import { EventEmitter } from 'node:events'
+import { EventEmitter, setMaxListeners } from 'node:events'
 import { chmodSync, mkdirSync, rmdirSync, rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -169,6 +169,8 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   private constructor(options: ResolvedOptions) {
     super()
     this.#options = options
+    // Each fork under way listens.
+    setMaxListeners(0, this.#over.signal)
     this.name = options.name
     this.store = options.store
     this.runtimeDirectory = options.runtimeDirectory

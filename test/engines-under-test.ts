@@ -1,5 +1,5 @@
 /** What tests of supervisors share: the engines that they run for, and a place that is checked for leftovers when it is left. */
-import { mkdirSync, mkdtempSync, readdirSync, rmSync } from 'node:fs'
+import { chmodSync, mkdirSync, mkdtempSync, readdirSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -30,6 +30,8 @@ export class Place {
   readonly #tokens = new Set<string>()
 
   constructor(readonly engine: 'spawn' | 'criu') {
+    // Workers of another user must get through.
+    chmodSync(this.directory, 0o711)
     mkdirSync(this.runtimeDirectory, { mode: 0o711 })
   }
 

@@ -206,12 +206,26 @@ export function signalNumber(name: NodeJS.Signals): number {
   return number
 }
 
-/** How long ago a TCP connection last gave and took data, in milliseconds (TCP_INFO). */
-export function tcpInfo(fd: number): { lastDataSentMs: number; lastDataReceivedMs: number } {
+export interface TcpInfo {
+  /** How long ago it last gave and took data, by the kernel's ticks (4 ms at CONFIG_HZ=250). */
+  lastDataSentMs: number
+  lastDataReceivedMs: number
+  /** Of what was sent, as much as the other side has acknowledged. */
+  bytesAcknowledged: bigint
+  bytesReceived: bigint
+}
+
+/** What the kernel knows of a TCP connection (TCP_INFO, Linux 4.2). */
+export function tcpInfo(fd: number): TcpInfo {
   const IPPROTO_TCP = 6
   const TCP_INFO = 11
-  const info = Buffer.alloc(104)
+  const info = Buffer.alloc(136)
   check('getsockopt', c.getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, [info.length]))
-  // struct tcp_info: eight bytes, then numbers of 32 bits, of which the tenth and the twelfth.
-  return { lastDataSentMs: info.readUInt32LE(44), lastDataReceivedMs: info.readUInt32LE(52) }
+  // struct tcp_info: 8 bytes, 24 numbers of 32 bits, then numbers of 64 bits, of which the third and the fourth.
+  return {
+    lastDataSentMs: info.readUInt32LE(44),
+    lastDataReceivedMs: info.readUInt32LE(52),
+    bytesAcknowledged: info.readBigUInt64LE(120),
+    bytesReceived: info.readBigUInt64LE(128),
+  }
 }

@@ -10,7 +10,7 @@ export interface ProcStat {
   pgid: number
   sid: number
   threads: number
-  /** CPU time it has used, user and system, in clock ticks (100 a second). */
+  /** CPU time of it and of the children that it has waited for, user and system, in clock ticks (100 a second). */
   cpuTicks: number
   /** Since the boot, in clock ticks: with the pid it names a process for ever. */
   startTicks: number
@@ -38,7 +38,7 @@ export function stat(pid: number): ProcStat | undefined {
     pgid: Number(rest[2]),
     sid: Number(rest[3]),
     threads: Number(rest[17]),
-    cpuTicks: Number(rest[11]) + Number(rest[12]),
+    cpuTicks: [11, 12, 13, 14].reduce((sum, i) => sum + Number(rest[i]), 0),
     startTicks: Number(rest[19]),
   }
 }
