@@ -31,6 +31,7 @@ const SOON_MS = 1_000
 export class Pool {
   readonly #settings: PoolSettings
   readonly #queue: PQueue
+  #size: number
   /** Oldest first. */
   readonly #parked: Child[] = []
   /** Refills that wait or are under way. */
@@ -45,11 +46,12 @@ export class Pool {
 
   constructor(settings: PoolSettings) {
     this.#settings = settings
+    this.#size = settings.size
     this.#queue = new PQueue({ concurrency: settings.refillConcurrency })
   }
 
   get state(): PoolState {
-    return { size: this.#settings.size, parked: [...this.#parked], starting: this.#starting }
+    return { size: this.#size, parked: [...this.#parked], starting: this.#starting }
   }
 
   /**
@@ -57,8 +59,7 @@ export class Pool {
    * @throws the error of the first fork that fails: a supervisor that cannot fork at all should not start
    */
   async fill(): Promise<void> {
-    const { size } = this.#settings
-    const made = Array.from({ length: size }, () => this.#add())
+    const made = Array.from({ length: this.#size }, () => this.#add())
     const failed = (await Promise.allSettled(made)).find((result) => result.status === 'rejected')
     if (failed) throw failed.reason
   }
@@ -80,6 +81,17 @@ export class Pool {
     return undefined
   }
 
+  /** From now on so many are kept parked: the oldest of too many are ended, and missing ones are made in the background. */
+  resize(size: number): void {
+    this.#size = size
+    while (this.#parked.length > size) {
+      const child = this.#parked[0]!
+      this.#remove(child)
+      this.#end(child)
+    }
+    this.#refill()
+  }
+
   /** Ends all parked children, and waits for those under way. */
   async close(): Promise<void> {
     this.#closed = true
@@ -93,7 +105,7 @@ export class Pool {
 
   #refill(): void {
     if (this.#closed || this.#retry) return
-    while (this.#parked.length - this.#replacing.size + this.#starting < this.#settings.size) {
+    while (this.#parked.length - this.#replacing.size + this.#starting < this.#size) {
       this.#add().catch((error) => this.#failed(error))
     }
   }
@@ -103,7 +115,9 @@ export class Pool {
     try {
       const child = await this.#queue.add(async () => (this.#closed ? undefined : this.#settings.make()))
       if (!child) return
-      if (this.#closed) this.#end(child)
+      // The pool may have become smaller meanwhile; one that replaces another comes before that one goes.
+      const surplus = this.#parked.length - this.#replacing.size >= this.#size
+      if (this.#closed || surplus) this.#end(child)
       else this.#park(child)
     } finally {
       this.#starting--
