@@ -70,7 +70,7 @@ export async function prepare(options: PrepareOptions): Promise<PreparedImage> {
     )
     const plan = planMemory(set, { pageFilePath: options.pageFile.map, processes: shared, isUnchanged: sameSize })
     for (const [i, { pid }] of spaces.entries()) {
-      if (plan.kept.has(pid) || runs[i]!.length === spaces[i]!.runs.length) continue
+      if (plan.kept.has(pid) || wiped[i]!.length === 0) continue
       writePagemap(set, `pagemap-${pid}.img`, runs[i]!)
       plan.kept.set(
         pid,
