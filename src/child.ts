@@ -3,7 +3,7 @@
  * no pool and no supervisor.
  */
 import { EventEmitter } from 'node:events'
-import { closeSync, constants, openSync, readSync } from 'node:fs'
+import { closeSync } from 'node:fs'
 import { Socket } from 'node:net'
 import { Readable, Writable } from 'node:stream'
 import pidusage from 'pidusage'
@@ -12,6 +12,7 @@ import type { ForkedProcess } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
 import { descendants, isStopped, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
+import { OutputPipe, takeFromPipe } from './output-pipe.js'
 
 /** A parked child has not run yet, a running one is the user's, an ended one has an exit status. */
 export type ChildState = 'parked' | 'running' | 'ended'
@@ -54,9 +55,6 @@ export interface ChildEvents {
  * given to another process, and since the package cannot forget a single one.
  */
 const CPU_MEMORY_MS = 5_000
-
-/** At most this much is in a pipe that nobody has read (its default capacity is 64 KiB, `pipe-max-size` 1 MiB). */
-const PIPE_BYTES = 1024 * 1024
 
 /**
  * One fork. Its stdout and stderr are pipes: what nobody reads stays in them, and a program that writes more than 64 KiB waits
@@ -310,12 +308,11 @@ export class Child extends EventEmitter<ChildEvents> {
       this.#left[which] = []
       return left
     }
-    const socket = new Socket({ fd, readable: true, writable: false })
-    // Others can hold the other end after the child has ended: that is no reason to keep the program alive.
-    if (this.#state === 'ended') socket.unref()
-    if (this.#left[which].length > 0) socket.unshift(Buffer.concat(this.#left[which]))
+    const pipe = new OutputPipe(fd)
+    if (this.#left[which].length > 0) pipe.unshift(Buffer.concat(this.#left[which]))
     this.#left[which] = []
-    return socket
+    if (this.#state === 'ended') pipe.childEnded()
+    return pipe
   }
 
   #ended(status: ExitStatus): ExitStatus {
@@ -327,7 +324,7 @@ export class Child extends EventEmitter<ChildEvents> {
     this.#stdin?.destroy()
     this.#readLeft(1)
     this.#readLeft(2)
-    for (const stream of [this.#stdout, this.#stderr]) (stream as Partial<Socket> | undefined)?.unref?.()
+    for (const stream of [this.#stdout, this.#stderr]) if (stream instanceof OutputPipe) stream.childEnded()
     this.emit('exit', status)
     return status
   }
@@ -339,26 +336,11 @@ export class Child extends EventEmitter<ChildEvents> {
   #readLeft(which: 1 | 2): void {
     const fd = this.#fds[which]
     if (fd === undefined) return
-    let own: number | undefined
-    try {
-      // A description of its own for the same pipe, which does not block whatever the first one does.
-      own = openSync(`/proc/self/fd/${fd}`, constants.O_RDONLY | constants.O_NONBLOCK)
-      for (let size = 0; size < PIPE_BYTES; ) {
-        const buffer = Buffer.allocUnsafe(64 * 1024)
-        const length = readSync(own, buffer)
-        if (length === 0) {
-          closeSync(fd)
-          this.#fds[which] = undefined
-          return
-        }
-        size += length
-        this.#left[which].push(buffer.subarray(0, length))
-      }
-    } catch {
-      // EAGAIN: somebody else has it open and may write yet.
-    } finally {
-      if (own !== undefined) closeSync(own)
-    }
+    const { chunks, ended } = takeFromPipe(fd)
+    this.#left[which].push(...chunks)
+    if (!ended) return
+    closeSync(fd)
+    this.#fds[which] = undefined
   }
 
   #gone(tried: string): WarmforkError {

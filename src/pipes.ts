@@ -4,7 +4,7 @@
  * names pipes. This file knows no process.
  */
 import { EventEmitter } from 'node:events'
-import { closeSync, constants, fchownSync, fstatSync, openSync, readSync } from 'node:fs'
+import { closeSync, constants, fchownSync, fstatSync, openSync } from 'node:fs'
 import { Socket } from 'node:net'
 import type { Readable } from 'node:stream'
 import { StringDecoder } from 'node:string_decoder'
@@ -130,19 +130,5 @@ export class OutputReader extends EventEmitter<{ chunk: [stream: OutputStream, c
     this.#tailBytes += chunk.length
     while (this.#tailBytes - this.#tail[0]!.length >= OUTPUT_TAIL_BYTES) this.#tailBytes -= this.#tail.shift()!.length
     this.emit('chunk', stream, chunk)
-  }
-}
-
-/** Throws away what is in a pipe now. */
-export function emptyPipe(fd: number): void {
-  const own = openSync(`/proc/self/fd/${fd}`, constants.O_RDONLY | constants.O_NONBLOCK)
-  const buffer = Buffer.allocUnsafe(64 * 1024)
-  try {
-    // A pipe holds at most 1 MiB without privilege (pipe-max-size): the bound ends a race with a writer that never stops.
-    for (let i = 0; i < 1024; i++) if (readSync(own, buffer) === 0) return
-  } catch {
-    // EAGAIN: it is empty.
-  } finally {
-    closeSync(own)
   }
 }

@@ -32,7 +32,7 @@ export type StartPhase = 'boot' | 'ready' | 'warmup' | 'rest' | 'checkpoint' | '
 
 /** Something that goes on working, but not as the user may think. */
 export interface Warning {
-  /** Names the kind: `engine-spawn`, `no-guard`, `generation`, `refill-failed`, `stray-resume`, `parked-ended`, `crashes`. */
+  /** Names the kind: `engine-spawn`, `no-guard`, `generation`, `refill-failed`, `stray-resume`, `parked-ended`, `crashes`, `stop-failed`. */
   readonly kind: string
   /** What is the case, why, and what to do. */
   readonly message: string
@@ -197,7 +197,8 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       supervisor.#state = 'running'
       return supervisor
     } catch (error) {
-      await supervisor.stop()
+      // That something could not be ended must not hide why it was to be.
+      await supervisor.stop().catch((failure) => supervisor.#warn('stop-failed', String(failure), failure))
       throw error
     } finally {
       signal?.removeEventListener('abort', onAbort)
@@ -259,6 +260,21 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     else this.#forks.direct++
     this.#adopt(child, performance.now() - startedAt)
     return child
+  }
+
+  /**
+   * Changes how many children are kept parked.
+   * @throws BAD_OPTION, STOPPED
+   */
+  resizePool(size: number): void {
+    this.#requireRunning('resize the pool')
+    if (!Number.isInteger(size) || size < 0) {
+      throw new WarmforkError('BAD_OPTION', {
+        tried: 'resize the pool',
+        happened: `expected \`size\` to be a whole number from 0 on, got \`${size}\` (${typeof size})`,
+      })
+    }
+    this.#pool?.resize(size)
   }
 
   /**

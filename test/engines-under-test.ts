@@ -1,5 +1,5 @@
 /** What tests of supervisors share: the engines that they run for, and a place that is checked for leftovers when it is left. */
-import { chmodSync, mkdirSync, mkdtempSync, readdirSync, rmSync } from 'node:fs'
+import { chmodSync, mkdirSync, mkdtempSync, readdirSync, rmdirSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -24,7 +24,8 @@ export class Place {
   readonly runtimeDirectory = join(this.directory, 'run')
   /** In the environment of all that is started here. */
   readonly mark = `WARMFORK_TEST_${process.pid}_${sequence++}`
-  readonly #before = new Set(allPids())
+  /** By start time, since an id can be given again. */
+  readonly #before = new Map(allPids().map((pid) => [pid, stat(pid)?.startTicks]))
   readonly #supervisors: Supervisor[] = []
   /** The marks of the supervisors, which their criu processes carry too. */
   readonly #tokens = new Set<string>()
@@ -64,12 +65,22 @@ export class Place {
   /** Processes that are there now, were not before, and came from here: they carry the mark, or a supervisor's, or are ours. */
   processes(): string[] {
     return allPids()
-      .filter((pid) => !this.#before.has(pid) && isAlive(pid))
+      .filter((pid) => isAlive(pid) && this.#before.get(pid) !== stat(pid)?.startTicks)
       .filter((pid) => {
         const marked = environment(pid)?.some((entry) => entry === `${this.mark}=1` || this.#tokens.has(entry))
         return marked || stat(pid)?.ppid === process.pid
       })
       .map((pid) => `${pid} ${stat(pid)?.comm}`)
+  }
+
+  /** Resolves when nothing is left of a supervisor that was killed, but the directory of its name, empty: another may be about to use it. */
+  async swept(): Promise<void> {
+    await eventually(() => this.processes().length === 0, 'all processes are ended')
+    for (const name of readdirSync(this.runtimeDirectory)) {
+      const path = join(this.runtimeDirectory, name)
+      await eventually(() => readdirSync(path).length === 0, 'its directory is removed')
+      rmdirSync(path)
+    }
   }
 
   async leave(): Promise<void> {

@@ -1,6 +1,7 @@
 import { readdirSync } from 'node:fs'
 import { text } from 'node:stream/consumers'
 import { describe, expect, test } from 'vitest'
+import type { Child } from '../src/child.js'
 import { isAlive } from '../src/linux/proc.js'
 import { ask, ENGINES, usePlace } from './engines-under-test.js'
 
@@ -92,22 +93,35 @@ describe.each(ENGINES)('a child with the %s engine', (engine) => {
     expect(await child.exit).toEqual({ code: 0, signal: null })
   })
 
-  test('costs no descriptor after its end, read or not', async () => {
-    const supervisor = await place.current.start({ command: ['sh', '-c', 'echo ready; exec cat'], pool: { size: 1 } })
-    const open = () => readdirSync('/proc/self/fd').length
-    const run = async () => {
-      const child = await supervisor.fork()
-      child.kill('SIGKILL')
-      await child.exit
-    }
-    await run()
-    await new Promise((resolve) => setTimeout(resolve, 300))
-    const before = open()
-    for (let i = 0; i < 20; i++) await run()
-    await new Promise((resolve) => setTimeout(resolve, 300))
-    // What is started ahead of the next fork comes and goes.
-    expect(open() - before).toBeLessThan(15)
-  })
+  test.each(['nobody reads', 'somebody reads the first line'])(
+    'costs no descriptor after its end where %s',
+    async (how) => {
+      const supervisor = await place.current.start({ command: ['sh', '-c', 'echo ready; exec cat'], pool: { size: 1 } })
+      const open = async () => {
+        await new Promise((resolve) => setTimeout(resolve, 300))
+        return readdirSync('/proc/self/fd').length
+      }
+      const children: Child[] = []
+      const run = async () => {
+        const child = await supervisor.fork()
+        children.push(child)
+        if (how === 'nobody reads') child.stdin.end('one\ntwo\nthree\n')
+        else {
+          await ask(child, 'one\ntwo\nthree')
+          child.stdin.end()
+        }
+        await child.exit
+      }
+      await run()
+      const before = await open()
+      for (let i = 0; i < 20; i++) await run()
+      // What is started ahead of the next fork comes and goes.
+      expect((await open()) - before).toBeLessThan(15)
+      const rest: string[] = []
+      for await (const line of children.at(-1)!.lines()) rest.push(line)
+      expect(rest).toEqual(how === 'nobody reads' ? ['one', 'two', 'three'] : ['two', 'three'])
+    },
+  )
 
   test('does not throw when it is written to after its end', async () => {
     const supervisor = await place.current.start()

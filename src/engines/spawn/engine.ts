@@ -9,7 +9,7 @@ import { sessionMembers, signalIfSame } from '../../ending.js'
 import { WarmforkError } from '../../errors.js'
 import { isAlive, memoryUse, type ProcStat, stat } from '../../linux/proc.js'
 import type { ExitStatus } from '../../linux/reaper.js'
-import { emptyPipe } from '../../pipes.js'
+import { takeFromPipe } from '../../output-pipe.js'
 import type { Template } from '../../template.js'
 import type {
   CheckpointOptions,
@@ -147,7 +147,7 @@ class Parked implements ForkedProcess {
   static async of(template: Template, generation: number): Promise<Parked> {
     const members = await stopTree(template)
     template.handOver()
-    if (template.pipes) for (const fd of template.pipes.slice(1)) emptyPipe(fd)
+    if (template.pipes) for (const fd of template.pipes.slice(1)) takeFromPipe(fd)
     return new Parked(template, members, generation)
   }
 
