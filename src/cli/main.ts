@@ -18,6 +18,7 @@ const SUBCOMMANDS: Readonly<Record<string, (program: Command) => Promise<Command
   prune: async () => (await import('./prune.js')).pruneCommand(),
   stop: async () => (await import('./stop.js')).stopCommand(),
   doctor: async () => (await import('./doctor.js')).doctorCommand(),
+  demo: async () => (await import('./demo.js')).demoCommand(),
   completion: async (program) =>
     (await import('./completion.js')).completionCommand(async () => {
       await load(program, Object.keys(SUBCOMMANDS))

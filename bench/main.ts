@@ -1,0 +1,12 @@
+/** `npm run -s bench -- NAME …`: one bench a file; each prints one JSON object, or a table without `--json`. */
+const benches: Readonly<Record<string, () => Promise<(args: readonly string[]) => Promise<void>>>> = {
+  fork: async () => (await import('./fork.js')).benchFork,
+}
+
+const [name = '', ...args] = process.argv.slice(2)
+const bench = benches[name]
+if (!bench) {
+  console.error(`usage: npm run -s bench -- ${Object.keys(benches).join('|')} [options]`)
+  process.exit(2)
+}
+await (await bench())(args)
