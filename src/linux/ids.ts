@@ -1,11 +1,12 @@
 /**
- * Chooses process and thread ids for forks. The kernel gives ids upwards and wraps; this goes downwards, starting behind
- * the kernel's last one, so that the two meet late, and comes back to an id only after all others: an id that a child
- * has just given up is the last to be used again.
+ * Chooses process and thread ids for forks. The kernel gives ids upwards and wraps; this goes downwards, so that the two
+ * meet seldom and pass each other at once, from a place of its own, so that several supervisors do not choose the same.
+ * It comes back to an id only after all others: an id that a child has just given up is the last to be used again.
  */
+import { randomInt } from 'node:crypto'
 import { WarmforkError } from '../errors.js'
 import { idInUse } from './libc.js'
-import { lastPid, pidMax } from './proc.js'
+import { pidMax } from './proc.js'
 
 /** The kernel keeps ids below 300 for what boots first, and never gives them again after wrapping. */
 const LOWEST = 300
@@ -17,7 +18,7 @@ export class IdAllocator {
   /** `count` ids that nobody uses now and that no other caller has; `release` gives them back. Throws PIDS_EXHAUSTED. */
   take(count: number): number[] {
     const most = pidMax() - 1
-    this.#next ??= lastPid()
+    this.#next ??= randomInt(LOWEST, most + 1)
     const taken: number[] = []
     for (let tried = 0; tried <= most - LOWEST && taken.length < count; tried++) {
       this.#next -= 1

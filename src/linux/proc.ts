@@ -185,8 +185,3 @@ export function bootId(): string {
 export function pidMax(): number {
   return Number(readFileSync('/proc/sys/kernel/pid_max', 'latin1'))
 }
-
-/** The id that the kernel gave last in this pid namespace. */
-export function lastPid(): number {
-  return Number(read('/proc/sys/kernel/ns_last_pid') ?? 0)
-}

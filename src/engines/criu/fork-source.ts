@@ -35,6 +35,8 @@ export interface SourceOptions {
 /** Ids are chosen before the restore; somebody may take one meanwhile. */
 const ID_ATTEMPTS = 8
 
+const REFILL_DELAY_MS = 5
+
 export class CriuForkSource implements ForkSource {
   readonly #options: SourceOptions
   readonly #ahead: { restorer: Restorer; fresh: number[]; image: ForkImage }[] = []
@@ -45,7 +47,7 @@ export class CriuForkSource implements ForkSource {
   readonly #pageFiles: { key: string; fd: number }[]
   #sequence = 0
   #closed = false
-  #refill: NodeJS.Immediate | undefined
+  #refill: NodeJS.Timeout | undefined
 
   constructor(options: SourceOptions) {
     this.#options = options
@@ -96,7 +98,7 @@ export class CriuForkSource implements ForkSource {
   async close(): Promise<void> {
     if (this.#closed) return
     this.#closed = true
-    clearImmediate(this.#refill)
+    clearTimeout(this.#refill)
     await Promise.all(this.#ahead.splice(0).map((one) => this.#discard(one)))
     for (const { fd } of this.#pageFiles) closeSync(fd)
     this.#lease.release()
@@ -181,10 +183,10 @@ export class CriuForkSource implements ForkSource {
     return image.pids.map((pid) => renamed.get(pid)!)
   }
 
-  /** After the fork that made room, so that it does not wait for this. */
+  /** After the fork that made room, so that neither it nor its first answer waits for this: it holds the event loop for 2 ms. */
   #refillSoon(): void {
     if (this.#closed || this.#refill) return
-    this.#refill = setImmediate(() => {
+    this.#refill = setTimeout(() => {
       this.#refill = undefined
       if (this.#closed || this.#ahead.length >= this.#options.ahead) return
       try {
@@ -195,7 +197,7 @@ export class CriuForkSource implements ForkSource {
         return
       }
       this.#refillSoon()
-    })
+    }, REFILL_DELAY_MS).unref()
   }
 
   async #discard({ restorer, fresh }: { restorer: Restorer; fresh: number[] }): Promise<void> {

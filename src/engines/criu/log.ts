@@ -34,11 +34,12 @@ export function summarize(log: string, otherwise: string): string {
   return lines.length > 0 ? `criu says: ${lines.join('; ')}` : otherwise
 }
 
-/** CRIU's words for "this id is taken": clone3 with set_tid gave EEXIST. */
+/** CRIU's words for "this id is taken": clone3 with set_tid gave EEXIST (17), for a process or for a thread. */
 export function isIdCollision(log: string): boolean {
-  return /(Can't fork for \d+|Unable to create a thread|clone3).*File exists|: File exists/.test(log)
+  return /Can't fork for \d+.*File exists|Unable to create a thread: -17\b/.test(log)
 }
 
+/** The same for EAGAIN (11). */
 export function isOutOfProcesses(log: string): boolean {
-  return /(Can't fork for \d+|Unable to create a thread|clone3?).*Resource temporarily unavailable/.test(log)
+  return /Can't fork for \d+.*Resource temporarily unavailable|Unable to create a thread: -11\b/.test(log)
 }
