@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { describe, expect, test } from 'vitest'
-import { isAlive } from '../src/linux/proc.js'
+import { isAlive, stat } from '../src/linux/proc.js'
 import { ENGINES, eventually, PROGRAMS, usePlace } from './engines-under-test.js'
 
 describe.each(ENGINES)('a supervisor with the %s engine that is killed', (engine) => {
@@ -46,10 +46,12 @@ describe.each(ENGINES)('a supervisor with the %s engine that is killed', (engine
     for (const pid of children) process.kill(pid, 'SIGSTOP')
     child.kill('SIGKILL')
     await once(child, 'exit')
-    // Each has a child of its own.
-    await eventually(() => place.current.processes().length === 2 * children.length, 'only these are left')
+    const left = () => place.current.processes().map((entry) => Number(entry.split(' ')[0]))
+    await eventually(() => left().every((pid) => children.includes(stat(pid)?.sid)), 'only these are left')
     expect(children.filter((pid: number) => !isAlive(pid))).toEqual([])
-    for (const entry of place.current.processes()) process.kill(Number(entry.split(' ')[0]), 'SIGKILL')
+    // Each has a child of its own.
+    expect(left()).toHaveLength(2 * children.length)
+    for (const pid of left()) process.kill(pid, 'SIGKILL')
     await place.current.swept()
   })
 })
