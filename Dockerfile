@@ -22,7 +22,7 @@
 # a user that is not root cannot have capabilities at all: run as root then. Without the capabilities the image works too,
 # by cold starts, and says so.
 #
-# The steps of this file can be tried without Docker, in a chroot: `node test/dockerfile-steps.mjs` (as root).
+# The steps of this file can be tried without Docker, in a chroot: `npx tsx test/dockerfile-steps.ts` (as root).
 
 FROM node:20-bookworm-slim AS build
 RUN apt-get update \

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
 import { CRIU_CAPABILITIES } from '../src/engines/criu/launcher.js'
-import { parseDockerfile, stagesOf } from './dockerfile-parse.mjs'
+import { parseDockerfile, stagesOf } from './dockerfile-parse.js'
 
 const root = join(import.meta.dirname, '..')
 const text = readFileSync(join(root, 'Dockerfile'), 'utf8')

@@ -3,7 +3,7 @@
  * debootstrap in place of the base image, with the running Node; each RUN in namespaces of its own; at last the entry point as
  * PID 1, as the image's user, with the capabilities that Docker gives. Run by hand, as root; it takes some minutes:
  *
- *     node test/dockerfile-steps.mjs [--keep]
+ *     npx tsx test/dockerfile-steps.ts [--keep]
  *
  * All mounts are made in mount namespaces of the processes that need them, so that nothing is mounted afterwards even where
  * this is killed. --keep leaves the directory.
@@ -25,7 +25,7 @@ import { tmpdir } from 'node:os'
 import { dirname, join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
-import { parseDockerfile, stagesOf } from './dockerfile-parse.mjs'
+import { type Instruction, parseDockerfile, stagesOf } from './dockerfile-parse.js'
 
 const SUITE = 'bookworm'
 const STEP_TIMEOUT_MS = 900_000
@@ -51,7 +51,7 @@ process.once('exit', () => {
 })
 for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.once(signal, () => process.exit(1))
 
-function check(/** @type {string} */ what, /** @type {boolean} */ good, detail = '') {
+function check(what: string, good: boolean, detail = '') {
   console.log(`${good ? '✔' : '✖'} ${what}${detail ? ` (${detail})` : ''}`)
   if (!good) failures += 1
 }
@@ -96,9 +96,8 @@ function makeBase() {
 }
 
 /** The network of this machine, for the time of the build only: its npm registry, proxies and certificates. */
-function networkEnvironment(/** @type {string} */ root) {
-  /** @type {Record<string, string>} */
-  const env = {}
+function networkEnvironment(root: string) {
+  const env: Record<string, string> = {}
   for (const [key, value] of Object.entries(process.env))
     if (/^(https?|no|all)_proxy$/i.test(key) && value) env[key] = value
   env.npm_config_registry = execFileSync('npm', ['config', 'get', 'registry'], { encoding: 'utf8' }).trim()
@@ -119,9 +118,9 @@ function networkEnvironment(/** @type {string} */ root) {
  * criu wants the root of a process to be that of its mounts). The program becomes PID 1.
  */
 function inContainer(
-  /** @type {string} */ root,
-  /** @type {string[]} */ command,
-  /** @type {{ env: Record<string, string>, cwd: string, user?: string, capabilities?: string[] }} */ options,
+  root: string,
+  command: string[],
+  options: { env: Record<string, string>; cwd: string; user?: string; capabilities?: readonly string[] },
 ) {
   const { env, cwd, user, capabilities } = options
   const as =
@@ -160,12 +159,7 @@ function inContainer(
 const PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 
 /** Carries out one stage; gives its root directory and the configuration of the image. */
-function build(
-  /** @type {import('./dockerfile-parse.mjs').Instruction[]} */ stage,
-  /** @type {string} */ base,
-  /** @type {Map<string, string>} */ named,
-  /** @type {number} */ index,
-) {
+function build(stage: readonly Instruction[], base: string, named: Map<string, string>, index: number) {
   const from = stage[0]
   if (!from || !/^node:20-bookworm-slim$/.test(from.args[0] ?? '')) throw new Error('the base image is another one')
   const root = join(work, `stage-${index}`)
@@ -173,11 +167,11 @@ function build(
   if (from.args[1]?.toUpperCase() === 'AS' && from.args[2]) named.set(from.args[2], root)
   const image = {
     root,
-    env: /** @type {Record<string, string>} */ ({ PATH }),
+    env: { PATH } as Record<string, string>,
     cwd: '/',
     user: 'root',
-    entrypoint: /** @type {string[]} */ ([]),
-    command: /** @type {string[]} */ ([]),
+    entrypoint: [] as string[],
+    command: [] as string[],
   }
   const network = networkEnvironment(root)
   for (const { name, args, flags, text, line } of stage.slice(1)) {
@@ -198,9 +192,9 @@ function build(
           `line ${line} ended with ${done.status ?? done.signal}:\n${`${done.stdout}${done.stderr}`.slice(-4000)}`,
         )
     } else if (name === 'COPY') {
-      const source = flags.from === undefined ? repository : /** @type {string} */ (named.get(flags.from))
+      const source = flags.from === undefined ? repository : (named.get(flags.from) as string)
       const paths = args.slice(0, -1)
-      const target = /** @type {string} */ (args.at(-1))
+      const target = args.at(-1) as string
       const to = join(root, resolve(image.cwd, target))
       const many = paths.length > 1 || target.endsWith('/')
       for (const path of paths)
@@ -212,23 +206,22 @@ function build(
     } else if (name === 'ENV') {
       for (const pair of args) image.env[pair.slice(0, pair.indexOf('='))] = pair.slice(pair.indexOf('=') + 1)
     } else if (name === 'USER') image.user = args[0] ?? ''
-    else if (name === 'ENTRYPOINT') image.entrypoint = args
-    else if (name === 'CMD') image.command = args
+    else if (name === 'ENTRYPOINT') image.entrypoint = [...args]
+    else if (name === 'CMD') image.command = [...args]
     else if (name !== 'VOLUME') throw new Error(`line ${line}: this script cannot do ${name}`)
   }
   return image
 }
 
 /** As Docker does: of a directory, what is in it. Owners become root. */
-function copy(/** @type {string} */ from, /** @type {string} */ to) {
+function copy(from: string, to: string) {
   cpSync(from, to, { recursive: true, verbatimSymlinks: true })
   execFileSync('chown', ['-R', '0:0', to])
 }
 
 /** The processes below one, as the host sees them. */
-function below(/** @type {number} */ pid) {
-  /** @type {{ pid: number, ppid: number, state: string, comm: string }[]} */
-  const all = readdirSync('/proc')
+function below(pid: number) {
+  const all: { pid: number; ppid: number; state: string; comm: string }[] = readdirSync('/proc')
     .filter((name) => /^\d+$/.test(name))
     .flatMap((name) => {
       try {
@@ -247,13 +240,13 @@ function below(/** @type {number} */ pid) {
   return all.filter((one) => found.includes(one.pid) && one.pid !== pid)
 }
 
-function capabilitiesOf(/** @type {number} */ pid) {
+function capabilitiesOf(pid: number) {
   return BigInt(`0x${/^CapPrm:\s*(\S+)/m.exec(readFileSync(`/proc/${pid}/status`, 'latin1'))?.[1] ?? '0'}`)
 }
 
-/** @typedef {ReturnType<typeof build>} Image */
+type Image = ReturnType<typeof build>
 
-function runOnce(/** @type {Image} */ image, /** @type {string[]} */ command, /** @type {string[]} */ capabilities) {
+function runOnce(image: Image, command: string[], capabilities: string[]) {
   const { file, args } = inContainer(image.root, [...image.entrypoint, ...command], {
     env: { ...image.env, HOME: image.cwd },
     cwd: image.cwd,
@@ -264,7 +257,7 @@ function runOnce(/** @type {Image} */ image, /** @type {string[]} */ command, /*
 }
 
 /** Starts the image with a command and gives what `docker exec` would: a way to run another one in it. */
-async function start(/** @type {Image} */ image, /** @type {string[]} */ command) {
+async function start(image: Image, command: string[]) {
   const { file, args } = inContainer(image.root, [...image.entrypoint, ...command], {
     env: { ...image.env, HOME: image.cwd },
     cwd: image.cwd,
@@ -275,7 +268,7 @@ async function start(/** @type {Image} */ image, /** @type {string[]} */ command
   let output = ''
   for (const stream of [outer.stdout, outer.stderr]) stream.on('data', (chunk) => (output += chunk))
   const exited = new Promise((done) => outer.once('close', (code, signal) => done(signal ?? code)))
-  const outerPid = /** @type {number} */ (outer.pid)
+  const outerPid = outer.pid as number
   const first = () => below(outerPid).find(({ ppid }) => ppid === outerPid)
   for (let i = 0; i < 100 && first()?.comm !== 'tini'; i++) await sleep(50)
   return {
@@ -283,7 +276,7 @@ async function start(/** @type {Image} */ image, /** @type {string[]} */ command
     output: () => output,
     pid1: first(),
     processes: () => below(outerPid),
-    exec: (/** @type {string[]} */ argv, input = '') =>
+    exec: (argv: string[], input = '') =>
       spawnSync(
         'nsenter',
         [
@@ -304,11 +297,13 @@ async function start(/** @type {Image} */ image, /** @type {string[]} */ command
   }
 }
 
-async function tryImage(/** @type {Image} */ image) {
+async function tryImage(image: Image) {
   const capabilities = [...DOCKER_CAPABILITIES, ...ADDED_CAPABILITIES]
   const doctor = runOnce(image, ['doctor', '--json'], capabilities)
-  /** @type {{ forksWork: boolean, checks: { name: string, status: string, found: string }[] }} */
-  let report = { forksWork: false, checks: [] }
+  let report: { forksWork: boolean; checks: { name: string; status: string; found: string }[] } = {
+    forksWork: false,
+    checks: [],
+  }
   try {
     report = JSON.parse(doctor.stdout)
   } catch {
@@ -367,7 +362,7 @@ async function tryImage(/** @type {Image} */ image) {
       zombies.length === 0,
       zombies.map(({ comm, ppid }) => `${comm} below ${ppid}`).join(', '),
     )
-    process.kill(/** @type {{ pid: number }} */ (container.pid1).pid, 'SIGTERM')
+    process.kill(container.pid1!.pid, 'SIGTERM')
     const ended = await Promise.race([container.exited, sleep(15_000).then(() => 'nothing within 15 s')])
     check('SIGTERM to PID 1 ends it all', ended === 0 || ended === 143, `exit ${ended}`)
   } finally {
@@ -381,8 +376,7 @@ try {
   const base = makeBase()
   const stages = stagesOf(parseDockerfile(readFileSync(join(repository, 'Dockerfile'), 'utf8')))
   const named = new Map()
-  /** @type {Image | undefined} */
-  let image
+  let image: Image | undefined
   for (const [index, stage] of stages.entries()) {
     console.log(`stage ${index + 1} of ${stages.length}`)
     image = build(stage, base, named, index)
