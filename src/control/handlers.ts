@@ -6,6 +6,7 @@ import { WarmforkError } from '../errors.js'
 import type { StopOptions, Supervisor } from '../supervisor.js'
 import { takeStdio } from './client-stdio.js'
 import type { GenerationStatus, Status } from './protocol.js'
+import { Relay } from './relay.js'
 import type { Caller, Handlers } from './server.js'
 
 export interface Controlled {
@@ -32,10 +33,13 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
       })
       try {
         const supervisor = await until(caller.signal, controlled.started)
-        child = await forkOn(supervisor, caller)
+        const forked = await forkOn(supervisor, caller)
+        child = forked.child
         request.emit({ pid: child.pid, generation: child.generation })
         for (const signal of waiting) child.kill(signal)
-        return await outlivingNot(caller, child)
+        const status = await outlivingNot(caller, child)
+        await forked.finish()
+        return status
       } finally {
         caller.forks.delete(request.id)
       }
@@ -52,7 +56,11 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
   }
 }
 
-async function forkOn(supervisor: Supervisor, caller: Caller): Promise<Child> {
+/** `finish` waits for the last output of a child that has ended. */
+async function forkOn(
+  supervisor: Supervisor,
+  caller: Caller,
+): Promise<{ child: Child; finish: () => Promise<void> | undefined }> {
   if (caller.pid === 0) {
     throw new WarmforkError('RESTORE_FAILED', {
       tried: 'take the standard streams of the client',
@@ -61,10 +69,17 @@ async function forkOn(supervisor: Supervisor, caller: Caller): Promise<Child> {
     })
   }
   const stdio = takeStdio(caller.pid)
+  // A child that is started anew takes any descriptor.
+  const relay = supervisor.engine === 'criu' ? new Relay(stdio) : undefined
   try {
-    return await supervisor.fork({ stdio, signal: caller.signal })
+    const child = await supervisor.fork({ stdio: relay?.fds ?? stdio, signal: caller.signal })
+    relay?.begin()
+    return { child, finish: () => relay?.finish() }
+  } catch (error) {
+    relay?.cancel()
+    throw error
   } finally {
-    for (const fd of stdio) closeSync(fd)
+    if (!relay) for (const fd of stdio) closeSync(fd)
   }
 }
 
