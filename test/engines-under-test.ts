@@ -84,10 +84,13 @@ export class Place {
   }
 
   async leave(): Promise<void> {
-    await Promise.all(this.#supervisors.map((supervisor) => supervisor.stop({ graceMs: 200 })))
+    const stopped = await Promise.allSettled(this.#supervisors.map((supervisor) => supervisor.stop({ graceMs: 200 })))
     const processes = this.processes()
     const directories = readdirSync(this.runtimeDirectory)
+    // A test that fails leaves nothing either.
+    for (const entry of processes) process.kill(Number(entry.split(' ')[0]), 'SIGKILL')
     rmSync(this.directory, { recursive: true })
+    expect(stopped.filter((result) => result.status === 'rejected')).toEqual([])
     expect({ processes, directories }).toEqual({ processes: [], directories: [] })
   }
 }
