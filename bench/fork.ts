@@ -37,10 +37,9 @@ export async function benchFork(args: readonly string[]): Promise<void> {
 async function jrubyProgram(): Promise<Program> {
   const setup = new URL('../examples/jruby/setup.mjs', import.meta.url).href
   const { jruby } = (await import(setup)) as { jruby: () => string }
-  const options = ['-J-XX:-UsePerfData']
   const script = "STDOUT.sync = true; puts 'ready'; while STDIN.gets; puts 'hello'; end"
   return {
-    command: [jruby(), ...options, '-e', script],
-    cold: [jruby(), ...options, '-e', "puts 'hello'"],
+    command: [jruby(), '-e', script],
+    cold: [jruby(), '-e', "puts 'hello'"],
   }
 }

@@ -13,17 +13,21 @@ export function neededFiles(set: ImageSet): NamedFile[] {
   const names = new Map<string, NamedFile['use']>()
   const byId = new Map(set.files().flatMap(({ id, regular }) => (regular ? [[id, regular] as const] : [])))
   const mapped = new Set<number>()
+  /** What others see change, or change themselves, is taken as it is then. */
+  const shared = new Set<number>()
   for (const { pid, dead } of set.processes()) {
     if (dead) continue
     const { exeFileId, vmas } = set.memory(pid)
     mapped.add(exeFileId)
-    for (const vma of vmas)
-      if (vma.status & (VMA_STATUS.FILE_PRIVATE | VMA_STATUS.FILE_SHARED)) mapped.add(Number(vma.shmid))
+    for (const { status, shmid } of vmas) {
+      if (status & VMA_STATUS.FILE_PRIVATE) mapped.add(Number(shmid))
+      else if (status & VMA_STATUS.FILE_SHARED) shared.add(Number(shmid))
+    }
   }
   for (const [id, { name, flags }] of byId) {
     if (!name.startsWith('/')) continue
     if (mapped.has(id)) names.set(name, 'mapped')
-    else if ((flags & OPEN.ACCMODE) === 0 && !names.has(name)) names.set(name, 'open')
+    else if ((flags & OPEN.ACCMODE) === 0 && !names.has(name) && !shared.has(id)) names.set(name, 'open')
   }
   return [...names].map(([path, use]) => ({ path, use }))
 }

@@ -56,12 +56,13 @@ const ThreadCore = message({
 })
 
 export const CoreEntry = message({
-  /** 1 is x86-64. */
+  /** See X86_64. */
   machine: required(1, 'enum'),
   x86: optional(2, X86ThreadInfo),
   task: optional(3, TaskCore),
   thread: optional(5, ThreadCore),
 })
+export const X86_64 = 1
 export type CoreEntry = MessageOf<typeof CoreEntry>
 
 export const VmaEntry = message({
@@ -121,7 +122,7 @@ export const MAP = {
 } as const
 
 /** Advice numbers of madvise(2): bit N of `madv` says that advice N was given. */
-export const MADV = { WIPEONFORK: 18 } as const
+export const MADV = { DONTFORK: 10, WIPEONFORK: 18 } as const
 
 export const PagemapHead = message({ pagesId: required(1, 'uint32') })
 

@@ -46,11 +46,9 @@ export function java(which: 17 | 'newest', collector: 'G1' | 'Serial' | 'Paralle
         await run(join(home, 'bin/javac'), ['--release', '17', '-d', into, SOURCE])
       })
     },
-    // Without -UsePerfData the mapped hsperfdata file is removed by the next JVM that starts.
     command: (cache) => [
       join(jdk(which)!, 'bin/java'),
       `-XX:+Use${collector}GC`,
-      '-XX:-UsePerfData',
       '-cp',
       join(cache, 'java-probe'),
       'Probe',
@@ -71,7 +69,7 @@ export const jruby: Runtime = {
   install: async () => {
     await run(process.execPath, [join(PROJECT, 'examples/jruby/setup.mjs')], { timeoutMs: 1_800_000 })
   },
-  command: () => [jrubyProgram()!, '-J-XX:-UsePerfData', join(PROBES, 'probe.rb')],
+  command: () => [jrubyProgram()!, join(PROBES, 'probe.rb')],
   version: async () => /^jruby (\S+)/.exec(await run(jrubyProgram()!, ['--version']))?.[1] ?? '?',
   memory: 'cow',
 }

@@ -71,15 +71,21 @@ const FILE_STRETCH_MIN = 16n * BigInt(PAGE)
 /** Bits that a VMA may have and still be converted. */
 const PLAIN_ANONYMOUS = VMA_STATUS.REGULAR | VMA_STATUS.ANON_PRIVATE | VMA_STATUS.HEAP
 const PLAIN_FILE = VMA_STATUS.REGULAR | VMA_STATUS.FILE_PRIVATE
+/** Advice that would be lost with the first discard: the shim puts fresh memory there, which has none. */
+const ADVICE_KEPT = (1n << BigInt(MADV.DONTFORK)) | (1n << BigInt(MADV.WIPEONFORK))
+/**
+ * HotSpot's performance data: shared with nobody but tools that look at it, and removed when its process ends or another
+ * JVM starts and misses that process. Each child gets a copy of its own.
+ */
+const VANISHING_FILE = /\/hsperfdata_[^/]+\/\d+$/
 const NOT_CONVERTED = MAP.GROWSDOWN | MAP.LOCKED | MAP.HUGETLB | MAP.DROPPABLE
 
 function isPlain(vma: VmaEntry, kind: number, bits: number): boolean {
-  const advice = vma.madv ?? 0n
   return (
     (vma.status & kind) !== 0 &&
     (vma.status & ~bits) === 0 &&
     (vma.flags & NOT_CONVERTED) === 0 &&
-    ((advice >> BigInt(MADV.WIPEONFORK)) & 1n) === 0n
+    ((vma.madv ?? 0n) & ADVICE_KEPT) === 0n
   )
 }
 
@@ -112,7 +118,9 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
     stretches: memory.vmas.map((vma) =>
       leaveAlone.some(({ start, end }) => start < vma.end && vma.start < end)
         ? []
-        : stretchesOf(vma, runs, isUnchanged),
+        : isVanishing(vma, paths)
+          ? [{ start: vma.start, end: vma.end }]
+          : stretchesOf(vma, runs, isUnchanged),
     ),
   }))
   const slots = wanted.reduce(
@@ -132,7 +140,7 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
         plan.pageFileSize = offset + Number(end - start) + gap
         return { start, end, offset }
       })
-      for (const { start, end, offset } of vma.status & VMA_STATUS.FILE_PRIVATE ? slots : []) {
+      for (const { start, end, offset } of isFileBacked(vma) ? slots : []) {
         // What was not written is as in the file; the written pages come over it.
         const { name } = paths.get(Number(vma.shmid))!
         const source = { kind: 'file' as const, path: name, offset: Number(vma.pgoff + start - vma.start) }
@@ -168,6 +176,10 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
 function mountOf(files: readonly { regular?: { mountId?: number | undefined } | undefined }[]): { mountId?: number } {
   const mountId = files.find(({ regular }) => regular)?.regular?.mountId
   return mountId === undefined ? {} : { mountId }
+}
+
+function isVanishing(vma: VmaEntry, paths: ReadonlyMap<number, { name: string }>): boolean {
+  return (vma.status & VMA_STATUS.FILE_SHARED) !== 0 && VANISHING_FILE.test(paths.get(Number(vma.shmid))?.name ?? '')
 }
 
 /** The parts of a mapping that shall map the page file, ascending. */
@@ -217,8 +229,8 @@ function splitVma(vma: VmaEntry, slots: readonly Slot[], fileId: number): VmaEnt
       end,
       pgoff: BigInt(offset),
       shmid: BigInt(fileId),
-      flags: vma.flags & ~MAP.ANONYMOUS,
-      status: (vma.status & ~VMA_STATUS.ANON_PRIVATE) | VMA_STATUS.FILE_PRIVATE,
+      flags: (vma.flags & ~(MAP.ANONYMOUS | MAP.SHARED)) | MAP.PRIVATE,
+      status: (vma.status & ~(VMA_STATUS.ANON_PRIVATE | VMA_STATUS.FILE_SHARED)) | VMA_STATUS.FILE_PRIVATE,
       // How the file was open: the page file is open for reading only.
       fdflags: 0,
     })
