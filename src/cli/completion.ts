@@ -153,7 +153,8 @@ function fish(commands: readonly Described[]): string {
     const within = `complete -c warmfork -n '__fish_seen_subcommand_from ${name}'`
     for (const { names, description, value } of flags) {
       const words = names.map((each) => (each.startsWith('--') ? `-l ${each.slice(2)}` : `-s ${each.slice(1)}`))
-      if (value) words.push('-r')
+      // Of a flag without them fish would offer files.
+      if (value) words.push(value.kind === 'file' ? '-r' : '-x')
       if (value && value.choices.length > 0) words.push(`-a '${value.choices.join(' ')}'`)
       if (value?.kind === 'directory') words.push("-a '(__fish_complete_directories)'")
       if (value?.kind === 'file') words.push('-F')

@@ -15,15 +15,23 @@ export interface Plan {
 export interface Progress {
   /** Follows the events of the supervisor; call it before anything has happened. */
   follow(supervisor: Supervisor): void
+  warn(warning: Pick<Warning, 'message'>): void
   /** The start is over, well or not. */
   finish(error?: unknown): Promise<void>
 }
 
-/** No progress, but warnings where they are wanted. */
-export const SILENT: Progress = { follow: () => {}, finish: async () => {} }
+const printWarning = ({ message }: Pick<Warning, 'message'>) => printError(`warmfork: warning: ${message}`)
 
-export function progress(plan: Plan, lines: boolean = !isatty(2)): Progress {
-  return lines ? new Lines(plan) : new List(plan)
+/** No progress. Warnings still, since they are no progress. */
+export const QUIET: Progress = { follow: () => {}, warn: printWarning, finish: async () => {} }
+
+/** Nothing at all: stderr is for an error as JSON. */
+export const SILENT: Progress = { ...QUIET, warn: () => {} }
+
+/** @param lines asks for plain lines on a terminal too */
+export function progress(plan: Plan, lines = false): Progress {
+  // Some terminals do not say how wide they are; a list would be cut to nothing there.
+  return lines || !isatty(2) || !process.stderr.columns ? new Lines(plan) : new List(plan)
 }
 
 const PHASES: readonly StartPhase[] = ['boot', 'ready', 'warmup', 'rest', 'checkpoint', 'pool']
@@ -62,10 +70,6 @@ function describe(generation: GenerationInfo): string {
   return `generation ${generation.number}: ${formatMiB(generation.rssBytes)} MiB${size}, ${memory}`
 }
 
-export function formatWarning({ message }: Pick<Warning, 'message'>): string {
-  return `warmfork: warning: ${message}`
-}
-
 class Lines implements Progress {
   #generation: GenerationInfo | undefined
 
@@ -87,6 +91,10 @@ class Lines implements Progress {
     })
   }
 
+  warn(warning: Pick<Warning, 'message'>): void {
+    printWarning(warning)
+  }
+
   async finish(): Promise<void> {}
 }
 
@@ -100,6 +108,8 @@ interface Step {
 class List implements Progress {
   readonly #steps = new Map<StartPhase, Step>()
   readonly #shown: Promise<unknown>
+  /** Lines between those of the list would be overwritten by it. Undefined when it is done. */
+  #held: Pick<Warning, 'message'>[] | undefined = []
   #generation: GenerationInfo | undefined
 
   constructor(private readonly plan: Plan) {
@@ -131,6 +141,13 @@ class List implements Progress {
       else fail(error)
     }
     await this.#shown
+    for (const warning of this.#held ?? []) printWarning(warning)
+    this.#held = undefined
+  }
+
+  warn(warning: Pick<Warning, 'message'>): void {
+    if (this.#held) this.#held.push(warning)
+    else printWarning(warning)
   }
 
   async #show(): Promise<void> {

@@ -9,7 +9,7 @@ import { type StopOptions, Supervisor } from '../supervisor.js'
 import { JSON_OPTION, subcommand } from './command.js'
 import { exitStatusOf } from './failure.js'
 import { print, printError } from './output.js'
-import { formatWarning, type Progress, progress, SILENT } from './progress.js'
+import { type Progress, progress, QUIET, SILENT } from './progress.js'
 import { addRunFlags, type RunFlags, supervisorOptions } from './run-options.js'
 
 export function runCommand(): Command {
@@ -54,7 +54,7 @@ async function run(options: SupervisorOptions, resolved: ResolvedOptions, flags:
     },
     handlers: supervisorHandlers(supervision),
   })
-  const shown = flags.json || flags.quiet ? SILENT : progress(planOf(resolved), flags.showOutput)
+  const shown = flags.json ? SILENT : flags.quiet ? QUIET : progress(planOf(resolved), flags.showOutput)
   try {
     await supervision.start(options, shown, flags)
     const supervisor = await supervision.started
@@ -117,7 +117,9 @@ class Supervision {
       signal: this.#starting.signal,
       onCreate: (supervisor) => {
         this.#supervisor = supervisor
-        this.#follow(supervisor, flags)
+        supervisor.once('stopped', () => this.#onOver())
+        supervisor.on('warning', (warning) => shown.warn(warning))
+        if (flags.showOutput) supervisor.on('templateOutput', (_stream, chunk) => process.stderr.write(chunk))
         shown.follow(supervisor)
         this.#onCreated(supervisor)
       },
@@ -143,12 +145,6 @@ class Supervision {
     for (const child of this.#supervisor?.children ?? []) void child.end({ graceMs: 0 })
     const template = this.#supervisor?.template
     if (template?.running) process.kill(template.pid, 'SIGKILL')
-  }
-
-  #follow(supervisor: Supervisor, { json, showOutput }: RunFlags): void {
-    supervisor.once('stopped', () => this.#onOver())
-    if (!json) supervisor.on('warning', (warning) => printError(formatWarning(warning)))
-    if (showOutput) supervisor.on('templateOutput', (_stream, chunk) => process.stderr.write(chunk))
   }
 }
 
