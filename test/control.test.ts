@@ -7,6 +7,8 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { ControlClient } from '../src/control/client.js'
 import { LineSplitter } from '../src/control/lines.js'
 import { MAX_LINE_BYTES, PROTOCOL } from '../src/control/protocol.js'
+import { defaultRuntimeDirectory } from '../src/control/runtime-directory.js'
+import { resolveOptions } from '../src/options.js'
 import { type Running, Terminal } from './cli-harness.js'
 import { failure, isRoot } from './fixtures/generations.js'
 
@@ -225,6 +227,10 @@ describe('the client', () => {
   test('tells that there is no socket', async () => {
     await failure('NO_SUPERVISOR', () => ControlClient.connect(join(terminal.directory, 'control.sock')))
   })
+})
+
+test('the command line looks where a supervisor is by default', () => {
+  expect(defaultRuntimeDirectory()).toBe(resolveOptions({ command: ['true'] }).runtimeDirectory)
 })
 
 describe('lines', () => {
