@@ -10,7 +10,7 @@ import pidusage from 'pidusage'
 import { endTrees } from './ending.js'
 import type { ForkedProcess } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
-import { descendants, isStopped, memoryUse } from './linux/proc.js'
+import { descendants, isEnding, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
 import { OutputPipe, takeFromPipe } from './output-pipe.js'
 
@@ -248,7 +248,7 @@ export class Child extends EventEmitter<ChildEvents> {
     if (this.#state === 'running') return
     // A signal to a process that has ended but was not reaped yet succeeds: look first. (Not afterwards: it may have done its work
     // by then, and somebody else would do it again.)
-    if (process.platform === 'linux' && !this.#process.running && !isStopped(this.pid)) throw this.#gone('continue it')
+    if (process.platform === 'linux' && !this.#process.running && isEnding(this.pid)) throw this.#gone('continue it')
     this.#process.resume()
     this.#run()
   }

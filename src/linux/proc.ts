@@ -50,13 +50,19 @@ export function isAlive(pid: number, startTicks?: number): boolean {
   return startTicks === undefined || found.startTicks === startTicks
 }
 
-/** Whether a process is stopped by a signal, and not about to end: SIGKILL waits for it where somebody has just sent one. */
-export function isStopped(pid: number): boolean {
-  const text = read(`/proc/${pid}/status`)
-  if (!text || !/^State:\tT /m.test(text)) return false
+/**
+ * Whether a process has ended or is about to: a zombie, one on its way out, or one for which SIGKILL waits. One that was
+ * restored a moment ago runs until it takes its SIGSTOP: that is no end.
+ */
+export function isEnding(pid: number): boolean {
+  const line = read(`/proc/${pid}/stat`)
+  if (!line) return true
+  const [state, ...rest] = line.slice(line.lastIndexOf(')') + 2).split(' ')
+  const PF_EXITING = 0x4
+  if (state === 'Z' || state === 'X' || Number(rest[5]) & PF_EXITING) return true
   const SIGKILL_BIT = 1n << 8n
-  const pending = [...text.matchAll(/^(?:SigPnd|ShdPnd):\t([0-9a-f]+)$/gm)].map((found) => BigInt(`0x${found[1]}`))
-  return pending.every((signals) => !(signals & SIGKILL_BIT))
+  const pending = (read(`/proc/${pid}/status`) ?? '').matchAll(/^(?:SigPnd|ShdPnd):\t([0-9a-f]+)$/gm)
+  return [...pending].some((found) => (BigInt(`0x${found[1]}`) & SIGKILL_BIT) !== 0n)
 }
 
 export function threadIds(pid: number): number[] {
