@@ -386,6 +386,8 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         this.#warn('no-guard', `nothing ends the children of a supervisor that is killed: ${error.message}`, error),
     })
     this.#guard.removeAtEnd(this.#directory)
+    // A control socket can be in it, or another supervisor of that name.
+    this.#guard.removeAtEnd(parent, 'empty directory')
   }
 
   async #openEngine(): Promise<Engine> {

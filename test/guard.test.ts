@@ -1,4 +1,5 @@
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
+import { once } from 'node:events'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -236,6 +237,55 @@ describe('when the supervisor is killed with -9', () => {
     await supervisor.kill()
     expect(spared.filter((pid) => !isAlive(pid))).toEqual([])
     expect(isAlive(ended!)).toBe(false)
+  })
+
+  it('ends an unmarked orphan that has an id which a restore was to give', async () => {
+    const supervisor = await StandIn.start()
+    // Both have an empty environment, a session of their own and a parent that has ended.
+    const orphan = 'echo $( (setsid env -i /bin/sleep 1000 >/dev/null & echo $!) )'
+    const [expected] = await supervisor.run(orphan)
+    const [other] = await supervisor.run(orphan)
+    await supervisor.call('expect', expected, startTicks(expected!) - 1)
+    await supervisor.kill()
+    expect([expected, other].map((pid) => isAlive(pid!))).toEqual([false, true])
+  })
+
+  it('leaves a stranger alone that was given an expected id', async () => {
+    const supervisor = await StandIn.start()
+    // A child of a process that is none of the supervisor's, and one that was there before the restore began.
+    const parent = spawn('/bin/bash', ['-c', 'sleep 1000 & echo $!; wait'], {
+      stdio: ['ignore', 'pipe', 'inherit'],
+      env: {},
+    })
+    remember(parent.pid!)
+    const stranger = remember(Number((await once(createInterface({ input: parent.stdout }), 'line'))[0]))
+    const [older] = await supervisor.run('echo $( (setsid env -i /bin/sleep 1000 >/dev/null & echo $!) )')
+    await supervisor.call('expect', stranger, startTicks(stranger) - 1)
+    await supervisor.call('expect', older, startTicks(older!) + 1)
+    await supervisor.kill()
+    expect([stranger, older].map((pid) => isAlive(pid!))).toEqual([true, true])
+  })
+
+  it('forgets an expected id', async () => {
+    const supervisor = await StandIn.start()
+    const [pid] = await supervisor.run('echo $( (setsid env -i /bin/sleep 1000 >/dev/null & echo $!) )')
+    await supervisor.call('expect', pid, startTicks(pid!))
+    await supervisor.call('forget', pid)
+    await supervisor.kill()
+    expect(isAlive(pid!)).toBe(true)
+  })
+
+  it('removes a directory that is empty at the end, where it is to be left otherwise', async () => {
+    const supervisor = await StandIn.start()
+    const inside = join(directory, 'parent/inside')
+    mkdirSync(inside, { recursive: true })
+    mkdirSync(join(directory, 'other'))
+    writeFileSync(join(directory, 'other/file'), 'x')
+    await supervisor.call('removeAtEnd', inside)
+    await supervisor.call('removeAtEnd', join(directory, 'parent'), 'empty directory')
+    await supervisor.call('removeAtEnd', join(directory, 'other'), 'empty directory')
+    await supervisor.kill()
+    expect(readdirSync(directory)).toEqual(['other'])
   })
 
   it('removes files and directories, and follows no symbolic link', async () => {

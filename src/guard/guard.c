@@ -8,10 +8,13 @@
  * Lines on 0 (a path is written with \n for a newline and \\ for a backslash):
  *   + PID START   a process of ours, with its start time in clock ticks since the boot
  *   c PID START   one of criu: ended first, so that no new child appears behind our back
+ *   x PID START   an id that a restore may give to a process of ours, which starts no earlier than that: half restored, it
+ *                 carries no mark, and with criu ended it would go on alone
  *   - PID         no longer ours
  *   ~ PID         this process, its session and its descendants live on
  *   f PATH        a file to unlink at the end
  *   d PATH        a directory to remove at the end, with all in it
+ *   e PATH        a directory to remove at the end if it is empty
  *   k PATH        keep it after all
  *   !             answered by `ok`: all lines before it have been read
  * At the end of 0 it sweeps, answers `swept N left M` where somebody still reads, and exits. Until then it only reads.
@@ -63,6 +66,8 @@ static void remove_at(struct array *array, size_t i) {
 struct tracked {
   int pid;
   char criu;
+  /* It may be there or not; if so, it has started at `start` or later. */
+  char expected;
   /* Of a spared one the start time is what it was when we were told; 0 where it was gone. */
   uint64_t start;
 };
@@ -77,7 +82,8 @@ struct process {
 /* A path in the arena `texts`, by its offset: the arena moves. */
 struct path {
   size_t at;
-  char directory;
+  /* The letter of its line. */
+  char kind;
 };
 
 static struct array tracked = {.size = sizeof(struct tracked)};
@@ -232,6 +238,16 @@ static int is_exempt(int pid) {
 }
 
 /*
+ * Whether a process with the id of `one` is the one that was meant. Whoever restores gives the root of a tree to the
+ * supervisor; with that gone it has fallen to one of the processes that the supervisor descends from. A stranger that was
+ * given the same id by chance has other parents.
+ */
+static int is_meant(const struct tracked *one, const struct process *process) {
+  if (!one->expected) return process->start == one->start;
+  return process->start >= one->start && is_exempt(process->parent);
+}
+
+/*
  * Whether `id`, the session or the group of `member`, is that of one of `array`. Where another process leads it now, the
  * id has been given anew. Without a leader the members themselves keep the id from being given away; they are younger
  * than the leader was.
@@ -241,12 +257,12 @@ static int belongs(const struct array *array, int id, const struct process *memb
   struct tracked *one = find_tracked((struct array *)array, id);
   if (!one || one->start == 0 || member->start < one->start) return 0;
   struct process *leader = find(id);
-  return !leader || leader->start == one->start;
+  return !leader || is_meant(one, leader);
 }
 
 static int is_listed(const struct array *array, const struct process *process) {
   EACH(struct tracked, one, *array)
-    if (one->pid == process->pid && one->start == process->start) return 1;
+    if (one->pid == process->pid && is_meant(one, process)) return 1;
   return 0;
 }
 
@@ -399,21 +415,22 @@ static void remove_inside(long directory, int depth) {
   }
 }
 
-static void remove_path(const char *path, int directory) {
-  if (!directory) {
-    raw(SYS_unlinkat, AT_FDCWD_, (long)path, 0, 0, 0, 0);
+static void remove_path(const char *path, char kind) {
+  enum { AT_REMOVEDIR_ = 0x200 };
+  if (kind != 'd') {
+    raw(SYS_unlinkat, AT_FDCWD_, (long)path, kind == 'e' ? AT_REMOVEDIR_ : 0, 0, 0, 0);
     return;
   }
   long fd = raw(SYS_openat, AT_FDCWD_, (long)path, O_CLOEXEC_ | O_DIRECTORY_ | O_NOFOLLOW_, 0, 0, 0);
   if (failed(fd)) return;
   remove_inside(fd, 0);
   raw(SYS_close, fd, 0, 0, 0, 0, 0);
-  raw(SYS_unlinkat, AT_FDCWD_, (long)path, 0x200, 0, 0, 0);
+  raw(SYS_unlinkat, AT_FDCWD_, (long)path, AT_REMOVEDIR_, 0, 0, 0);
 }
 
 static void remove_paths(void) {
   EACH(struct path, path, paths)
-    remove_path(texts.items + path->at, path->directory);
+    remove_path(texts.items + path->at, path->kind);
 }
 
 /* ---- the lines ------------------------------------------------------------------------------------------------- */
@@ -455,7 +472,7 @@ static void keep_path(const char *text) {
   if (paths.count == 0) texts.count = 0;
 }
 
-static void add_path(const char *text, int directory) {
+static void add_path(const char *text, char kind) {
   if (!is_removable(text)) return;
   keep_path(text);
   size_t at = texts.count;
@@ -468,7 +485,7 @@ static void add_path(const char *text, int directory) {
     *byte = *text;
   } while (*text++);
   struct path *path = add(&paths);
-  if (path) *path = (struct path){.at = at, .directory = (char)directory};
+  if (path) *path = (struct path){.at = at, .kind = kind};
 }
 
 static void forget(int pid) {
@@ -497,10 +514,11 @@ static void obey(char *line) {
   switch (line[0]) {
     case '+':
     case 'c':
+    case 'x':
       if (!(next = read_number(rest, &pid)) || !read_number(next, &start) || pid <= 1 || pid > 0x7fffffff) return;
       forget((int)pid);
       struct tracked *one = add(&tracked);
-      if (one) *one = (struct tracked){.pid = (int)pid, .criu = line[0] == 'c', .start = start};
+      if (one) *one = (struct tracked){.pid = (int)pid, .criu = line[0] == 'c', .expected = line[0] == 'x', .start = start};
       break;
     case '-':
       if (read_number(rest, &pid)) forget((int)pid);
@@ -510,8 +528,9 @@ static void obey(char *line) {
       break;
     case 'f':
     case 'd':
+    case 'e':
       unescape(rest);
-      add_path(rest, line[0] == 'd');
+      add_path(rest, line[0]);
       break;
     case 'k':
       unescape(rest);

@@ -46,7 +46,7 @@ export interface SweepResult {
 
 interface Tracked {
   startTicks: number
-  criu: boolean
+  kind: 'process' | 'criu' | 'expected'
 }
 
 /** A guard that has died this often within `RESTART_WINDOW_MS` is given up. */
@@ -62,7 +62,7 @@ export class Guard {
   readonly #options: Required<Pick<GuardOptions, 'answerTimeoutMs' | 'sweepTimeoutMs'>> & GuardOptions
   readonly #tracked = new Map<number, Tracked>()
   readonly #spared = new Set<number>()
-  readonly #paths = new Map<string, 'f' | 'd'>()
+  readonly #paths = new Map<string, 'f' | 'd' | 'e'>()
   #process: ChildProcess | undefined
   #writeFd: number | undefined
   /** Lines that the pipe had no room for. */
@@ -118,19 +118,27 @@ export class Guard {
 
   /** From now on the process is ended with the supervisor. `startTicks` (/proc/PID/stat) tells it from a later one of the same id. */
   track(pid: number, startTicks: number): void {
-    this.#track(pid, { startTicks, criu: false })
+    this.#track(pid, { startTicks, kind: 'process' })
   }
 
   /** As `track`, for a criu: it is ended before all others, so that it restores nothing more. */
   trackCriu(pid: number, startTicks: number): void {
-    this.#track(pid, { startTicks, criu: true })
+    this.#track(pid, { startTicks, kind: 'criu' })
+  }
+
+  /**
+   * A restore may give this id to a process, which starts at `startTicks` or later. Half restored it carries no mark yet, and it goes
+   * on without its criu. Take it back by `track` or `forget`.
+   */
+  expect(pid: number, startTicks: number): void {
+    this.#track(pid, { startTicks, kind: 'expected' })
   }
 
   /** Tracks a process that runs now; false where it is gone. */
   trackRunning(pid: number, kind: 'criu' | 'other' = 'other'): boolean {
     const found = stat(pid)
     if (!found) return false
-    this.#track(pid, { startTicks: found.startTicks, criu: kind === 'criu' })
+    this.#track(pid, { startTicks: found.startTicks, kind: kind === 'criu' ? 'criu' : 'process' })
     return true
   }
 
@@ -146,8 +154,11 @@ export class Guard {
     this.#tell(`~ ${pid}`)
   }
 
-  /** Removes a file, or a directory with all in it, after all processes have ended. Throws BAD_OPTION for a path that is not absolute, or is the root. */
-  removeAtEnd(path: string, kind: 'file' | 'directory' = 'directory'): void {
+  /**
+   * Removes a file, a directory with all in it, or one only if it is empty, after all processes have ended, in the order of the calls.
+   * Throws BAD_OPTION for a path that is not absolute, or is the root.
+   */
+  removeAtEnd(path: string, kind: 'file' | 'directory' | 'empty directory' = 'directory'): void {
     const names = path.split('/').filter((name) => name !== '' && name !== '.')
     if (!path.startsWith('/') || names.length === 0 || names.includes('..') || path.includes('\0')) {
       throw new WarmforkError('BAD_OPTION', {
@@ -155,7 +166,7 @@ export class Guard {
         happened: `expected an absolute path below the root, without \`..\`, got \`${path}\``,
       })
     }
-    const letter = kind === 'file' ? 'f' : 'd'
+    const letter = kind === 'file' ? 'f' : kind === 'directory' ? 'd' : 'e'
     this.#paths.set(path, letter)
     this.#tell(`${letter} ${escapePath(path)}`)
   }
@@ -372,8 +383,10 @@ export class Guard {
   }
 }
 
-function trackLine(pid: number, { startTicks, criu }: Tracked): string {
-  return `${criu ? 'c' : '+'} ${pid} ${startTicks}`
+const LETTERS = { process: '+', criu: 'c', expected: 'x' } as const
+
+function trackLine(pid: number, { startTicks, kind }: Tracked): string {
+  return `${LETTERS[kind]} ${pid} ${startTicks}`
 }
 
 function escapePath(path: string): string {
