@@ -36,7 +36,7 @@ export interface CriuEngineOptions {
   registry: ProcessRegistry
   /** The user of templates and children, where it is not ours. */
   worker?: Worker
-  /** Whether children get SIGKILL when the supervisor is gone. */
+  /** Whether children are stopped by the kernel when the supervisor is gone, until the guard ends them. */
   deathSignal: boolean
   forkTimeoutMs: number
   /** An explicit criu. @default see `findCriu` */

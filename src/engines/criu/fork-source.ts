@@ -16,7 +16,7 @@ import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import type { ForkedProcess, ForkOptions, ForkSource, StdioFds } from '../engine.js'
 import type { Launcher } from './launcher.js'
 import { isIdCollision, isOutOfProcesses, summarize } from './log.js'
-import { Restorer } from './restorer.js'
+import { endRestored, forkError, type RestoreOutcome, Restorer } from './restorer.js'
 
 export interface SourceOptions {
   launcher: Launcher
@@ -75,12 +75,8 @@ export class CriuForkSource implements ForkSource {
       if (this.#closed) throw new WarmforkError('STOPPED', { tried, happened: 'the generation is not in use any more' })
       this.#checkFiles()
       const taken = this.#take(options.stdio)
-      const before = taken.restorer.pid
-      const outcome = await taken.restorer.restore(this.#options.timeoutMs).finally(() => {
-        if (before !== undefined) this.#options.launcher.ended(before)
-        ids.release(taken.fresh)
-        this.#refillSoon()
-      })
+      const outcome = await this.#restore(taken, this.#options.timeoutMs)
+      this.#refillSoon()
       if (outcome.ok) return this.#adopt(outcome.pid, taken.pids, outcome.pipes)
       if (isIdCollision(outcome.log) && attempt < ID_ATTEMPTS) continue
       if (isOutOfProcesses(outcome.log)) {
@@ -91,7 +87,27 @@ export class CriuForkSource implements ForkSource {
         throw new WarmforkError('TIMEOUT', { tried, happened, output: outcome.log })
       }
       // The reason may have passed: a second try, which writes a full log, is the last one.
-      throw await this.#explain(tried, options.stdio, outcome)
+      const again = this.#start(options.stdio)
+      const second = await this.#restore(again, this.#options.timeoutMs * 2, 4)
+      if (second.ok) return this.#adopt(second.pid, again.pids, second.pipes)
+      throw failure(tried, second.log || outcome.log, second.exit)
+    }
+  }
+
+  /** Whatever comes of it, nobody else knows of half a child: the guard is told what may appear. */
+  async #restore({ restorer, fresh, pids }: Started, timeoutMs: number, logLevel?: 4): Promise<RestoreOutcome> {
+    const { launcher } = this.#options
+    const criu = restorer.pid
+    if (criu !== undefined) launcher.expect(pids, criu)
+    let ok = false
+    try {
+      const outcome = await restorer.restore(timeoutMs, logLevel)
+      ok = outcome.ok
+      return outcome
+    } finally {
+      if (criu !== undefined) launcher.ended(criu)
+      if (!ok) for (const pid of pids) launcher.forget(pid)
+      ids.release(fresh)
     }
   }
 
@@ -102,19 +118,6 @@ export class CriuForkSource implements ForkSource {
     await Promise.all(this.#ahead.splice(0).map((one) => this.#discard(one)))
     for (const { fd } of this.#pageFiles) closeSync(fd)
     this.#lease.release()
-  }
-
-  async #explain(tried: string, stdio: StdioFds | undefined, first: { log: string; exit: string }): Promise<unknown> {
-    const { restorer, fresh, pids } = this.#start(stdio)
-    const second = await restorer.restore(this.#options.timeoutMs * 2, 4)
-    ids.release(fresh)
-    if (second.ok) return this.#adopt(second.pid, pids, second.pipes)
-    const log = second.log || first.log
-    return new WarmforkError('RESTORE_FAILED', {
-      tried,
-      happened: summarize(log, `criu ended with ${second.exit} and no word`),
-      output: log.slice(-64 * 1024),
-    })
   }
 
   #load(): ForkImage {
@@ -137,7 +140,7 @@ export class CriuForkSource implements ForkSource {
     for (const one of this.#ahead.splice(0)) void this.#discard(one)
   }
 
-  #take(stdio: StdioFds | undefined) {
+  #take(stdio: StdioFds | undefined): Started {
     while (!stdio && this.#ahead.length > 0) {
       const one = this.#ahead.shift()!
       if (one.restorer.usable) return { ...one, pids: this.#pidsOf(one.image, one.fresh) }
@@ -146,7 +149,7 @@ export class CriuForkSource implements ForkSource {
     return this.#start(stdio)
   }
 
-  #start(given: StdioFds | undefined) {
+  #start(given: StdioFds | undefined): Started {
     const image = this.#image
     const fresh = ids.take(image.ids.length)
     try {
@@ -207,18 +210,45 @@ export class CriuForkSource implements ForkSource {
     if (pid !== undefined) this.#options.launcher.ended(pid)
   }
 
-  #adopt(pid: number, pids: readonly number[], pipes: StdioFds | undefined): ForkedProcess {
+  async #adopt(pid: number, pids: readonly number[], pipes: StdioFds | undefined): Promise<ForkedProcess> {
     const { generation, launcher } = this.#options
     const startTicks = stat(pid)?.startTicks ?? 0
     for (const one of pids) launcher.track(one)
-    const lease = generation.lease(pid, startTicks)
-    const forked = new RestoredProcess(pid, pids, pipes, generation.number, () => {
+    let lease: Lease
+    try {
+      lease = generation.lease(pid, startTicks)
+    } catch (error) {
+      await endRestored(pid)
+      for (const one of pids) launcher.forget(one)
+      for (const fd of pipes ?? []) closeSync(fd)
+      throw forkError(error)
+    }
+    return new RestoredProcess(pid, pids, pipes, generation.number, () => {
       // What it has started may outlive it; by its group the guard finds that at the end.
       for (const one of pids) if (!idInUse(one)) launcher.forget(one)
       lease.release()
     })
-    return forked
   }
+}
+
+/** A criu that waits for its request, and the ids that its processes will have. */
+interface Started {
+  restorer: Restorer
+  fresh: number[]
+  image: ForkImage
+  pids: number[]
+}
+
+/** What two failed restores come to. */
+function failure(tried: string, log: string, exit: string): WarmforkError {
+  const details = {
+    tried,
+    happened: summarize(log, `criu ended with ${exit} and no word`),
+    output: log.slice(-64 * 1024),
+  }
+  if (/No space left on device|Disk quota exceeded/.test(log)) return new WarmforkError('DISK_FULL', details)
+  if (/Too many open files/.test(log)) return new WarmforkError('FDS_EXHAUSTED', details)
+  return new WarmforkError('RESTORE_FAILED', details)
 }
 
 class RestoredProcess implements ForkedProcess {

@@ -14,6 +14,8 @@ const NO_HARDWARE_BREAKPOINTS = '130'
 export interface ProcessRegistry {
   track(pid: number, startTicks: number): void
   trackCriu(pid: number, startTicks: number): void
+  /** The id may soon be that of a process of ours, which is half restored then; `track` or `forget` takes it back. */
+  expect(pid: number, startTicks: number): void
   forget(pid: number): void
 }
 
@@ -65,6 +67,12 @@ export class Launcher {
 
   ended(pid: number): void {
     this.#registry.forget(pid)
+  }
+
+  /** The ids that a criu is about to give to processes: nothing of ours can have one before it was started. */
+  expect(pids: readonly number[], criu: number): void {
+    const since = stat(criu)?.startTicks
+    if (since !== undefined) for (const pid of pids) this.#registry.expect(pid, since)
   }
 
   track(pid: number): void {

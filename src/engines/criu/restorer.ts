@@ -6,10 +6,11 @@
 import { type ChildProcess, spawn } from 'node:child_process'
 import { closeSync, read, rmSync } from 'node:fs'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { errnoOf, WarmforkError } from '../../errors.js'
 import { type DerivedImage, writeDerived } from '../../image/derive.js'
 import { DecodeError, decode } from '../../image/message.js'
-import { pipe, send, sendSignal, seqpacketPair, waitChild } from '../../linux/libc.js'
+import { pipe, send, sendSignal, seqpacketPair, signalNumber, waitChild } from '../../linux/libc.js'
 import { processTree, stat } from '../../linux/proc.js'
 import type { StdioFds } from '../engine.js'
 import { restoreRequest } from './args.js'
@@ -45,6 +46,9 @@ export type RestoreOutcome =
 /** Where criu's descriptors begin: 0 to 2 are its own, 3 is the socket. */
 const FIRST_INHERITED = 4
 
+/** A killed process that is in an uninterruptible wait is not waited for longer. */
+const GONE_TIMEOUT_MS = 2_000
+
 /** The same for all: the largest answer is that of an error, far below. */
 const RESPONSE_BYTES = 64 * 1024
 
@@ -56,6 +60,8 @@ export class Restorer {
   #socket: number
   #pipes: [number, number, number] | undefined
   #ended = false
+  /** Set where criu could not be started at all. */
+  #startError: Error | undefined
   #stderr = ''
 
   /** Throws what making pipes, a directory or a process throws: FDS_EXHAUSTED, DISK_FULL, CRIU_MISSING. */
@@ -81,7 +87,7 @@ export class Restorer {
     } catch (error) {
       for (const fd of ours) closeSync(fd)
       this.#removeDirectory()
-      throw translated(error)
+      throw forkError(error)
     } finally {
       for (const fd of theirs) closeSync(fd)
     }
@@ -89,7 +95,10 @@ export class Restorer {
       this.#stderr = (this.#stderr + chunk.toString('utf8')).slice(-RESPONSE_BYTES)
     })
     this.#exited = new Promise((resolve) => {
-      this.#process.once('error', (error) => resolve(error.message))
+      this.#process.once('error', (error) => {
+        this.#startError = error
+        resolve(error.message)
+      })
       this.#process.once('exit', (code, signal) => resolve(signal ?? `status ${code}`))
     })
     // A supervisor that has nothing else to do may end.
@@ -127,7 +136,10 @@ export class Restorer {
     return [stdin.read, stdout.write, stderr.write]
   }
 
-  /** Asks for the restore. The restorer is spent afterwards, whatever comes of it. */
+  /**
+   * Asks for the restore. The restorer is spent afterwards, whatever comes of it. Throws FDS_EXHAUSTED, PIDS_EXHAUSTED or CRIU_MISSING
+   * where criu could not be started.
+   */
   async restore(timeoutMs: number, logLevel: 1 | 4 = 1): Promise<RestoreOutcome> {
     const { directory, derived, unprivileged } = this.#options
     this.#ended = true
@@ -152,8 +164,10 @@ export class Restorer {
         return { ok: true, pid: derived.rootPid, pipes }
       }
       const exit = await this.#exited
+      if (this.#startError) throw forkError(this.#startError)
       const log = readLog(join(directory, 'restore.log'))
-      this.#endRemains()
+      // With criu gone nobody else ends what a failed restore has left.
+      await endRestored(derived.rootPid)
       return { ok: false, log: log || this.#stderr || (response?.errorMessage ?? ''), timedOut, exit }
     } finally {
       clearTimeout(timer)
@@ -191,15 +205,6 @@ export class Restorer {
     }
   }
 
-  /** Ends what a failed restore has left: with criu gone nobody else does. Its root is our child, so its status is ours to read. */
-  #endRemains(): void {
-    const { rootPid } = this.#options.derived
-    if (stat(rootPid)?.ppid === process.pid) {
-      for (const { pid } of processTree(rootPid)) sendSignal(pid, 9)
-      waitChild(rootPid)
-    }
-  }
-
   #giveBack(): void {
     closeSync(this.#socket)
     for (const fd of this.#pipes ?? []) closeSync(fd)
@@ -212,7 +217,28 @@ export class Restorer {
   }
 }
 
-function translated(error: unknown): unknown {
+/**
+ * Ends a restored tree that nobody has taken over, whole or not, where it is ours: its root is our child, and its status ours to
+ * read. First all stand still, since a root that is being restored makes the others one by one.
+ */
+export async function endRestored(rootPid: number): Promise<void> {
+  if (stat(rootPid)?.ppid !== process.pid) return
+  let tree: number[] = []
+  for (let before = -1; before !== tree.length; ) {
+    before = tree.length
+    tree = processTree(rootPid).map(({ pid }) => pid)
+    for (const pid of tree) sendSignal(pid, signalNumber('SIGSTOP'))
+  }
+  for (const pid of tree) sendSignal(pid, signalNumber('SIGKILL'))
+  const deadline = Date.now() + GONE_TIMEOUT_MS
+  for (let seen = waitChild(rootPid).kind; seen !== 'exited' && seen !== 'none'; seen = waitChild(rootPid).kind) {
+    if (Date.now() > deadline) return
+    await sleep(1)
+  }
+}
+
+/** What an error of the system means for a fork. */
+export function forkError(error: unknown): unknown {
   const errno = errnoOf(error)
   if (errno === 'EMFILE' || errno === 'ENFILE') {
     return new WarmforkError('FDS_EXHAUSTED', {
@@ -225,6 +251,30 @@ function translated(error: unknown): unknown {
     return new WarmforkError('PIDS_EXHAUSTED', {
       tried: 'fork',
       happened: 'no process can be started (EAGAIN)',
+      cause: error,
+    })
+  }
+  const { syscall, path } = error as NodeJS.ErrnoException
+  if (syscall?.startsWith('spawn')) {
+    return new WarmforkError('CRIU_MISSING', {
+      tried: 'fork',
+      happened: `criu could not be started (${(error as Error).message})`,
+      cause: error,
+    })
+  }
+  if (errno === 'ENOENT') {
+    return new WarmforkError('STORE_GONE', {
+      tried: 'fork',
+      happened: `${path ?? 'the runtime directory'} is gone`,
+      remedy: 'The runtime directory was removed while in use; stop the supervisor and start it again.',
+      cause: error,
+    })
+  }
+  if (errno === 'EACCES' || errno === 'EPERM' || errno === 'EROFS') {
+    return new WarmforkError('STORE_UNWRITABLE', {
+      tried: 'fork',
+      happened: `the runtime directory cannot be written (${errno}${path ? `, ${path}` : ''})`,
+      remedy: 'Make it writable, or choose another `runtimeDirectory`.',
       cause: error,
     })
   }
