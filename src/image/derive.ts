@@ -61,7 +61,7 @@ export class ForkImage {
   readonly #withIds: string[]
 
   /**
-   * `deathSignal`: forks end with their supervisor. `replaced`: files that are to be taken from elsewhere.
+   * `deathSignal`: forks stop with their supervisor. `replaced`: files that are to be taken from elsewhere.
    * Throws IMAGE_TRUNCATED, IMAGE_CORRUPT, IMAGE_VERSION, IMAGE_UNSUPPORTED.
    */
   constructor(
