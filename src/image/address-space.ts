@@ -2,9 +2,9 @@
  * The memory of one process of an image, read by address: from the pages that the image holds, else from the file that
  * is mapped there, else zeros.
  */
-import { closeSync, constants, openSync, readSync, statSync } from 'node:fs'
+import { closeSync, constants, openSync, readSync } from 'node:fs'
 import { join } from 'node:path'
-import { corrupt, truncated } from './failure.js'
+import { corrupt } from './failure.js'
 import type { ImageSet } from './image-set.js'
 import { bytesOf } from './message.js'
 import { PAGE, type PageRun, pagesFile, readPagemap, runsWithin } from './pagemap.js'
@@ -17,7 +17,7 @@ export class AddressSpace {
   readonly #fileNames: ReadonlyMap<number, string>
   readonly #open = new Map<string, number>()
 
-  /** Throws IMAGE_TRUNCATED and IMAGE_CORRUPT where mappings, pagemap and pages do not fit each other. */
+  /** Throws IMAGE_CORRUPT where mappings and pagemap do not fit each other. */
   constructor(
     private readonly set: ImageSet,
     readonly pid: number,
@@ -28,11 +28,6 @@ export class AddressSpace {
     this.vmas = set.memory(pid).vmas
     this.#fileNames = mappableFiles(set)
     checkMappings(pid, this.vmas, runs)
-    const name = pagesFile(pagesId)
-    const named = runs.reduce((sum, run) => sum + Number(run.end - run.start), 0)
-    const { size } = statSync(join(set.directory, name))
-    if (size < named) throw truncated(name, `it has ${size} bytes, and its pagemap names ${named}`)
-    if (size > named) throw truncated(`pagemap-${pid}.img`, `it names ${named} bytes, and its pages file has ${size}`)
   }
 
   close(): void {

@@ -2,7 +2,7 @@
  * The files of one image, as one value that edits change: everything but raw files (pages), which stay on disk and are
  * only named. Reading checks every file; nothing is written here.
  */
-import { readdirSync, readFileSync } from 'node:fs'
+import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { WarmforkError } from '../errors.js'
 import { corrupt, truncated } from './failure.js'
@@ -36,6 +36,7 @@ export class ImageSet {
 
   /** Throws IMAGE_VERSION, IMAGE_TRUNCATED or IMAGE_CORRUPT. */
   static read(directory: string): ImageSet {
+    if (!existsSync(directory)) throw truncated('inventory.img', `there is no directory ${directory}`)
     const names = readdirSync(directory)
       .filter((name) => name.endsWith('.img'))
       .sort()

@@ -45,7 +45,7 @@ export function readPagemap(set: ImageSet, name: string): Pagemap {
       throw corrupt(name, 'it refers to a parent image, and forks are made of whole images only')
     const length = (entry.pages ?? BigInt(entry.compatPages)) * PAGE_N
     const previous = runs.at(-1)
-    if (previous && entry.vaddr < previous.end)
+    if ((previous && entry.vaddr < previous.end) || entry.vaddr % PAGE_N !== 0n)
       throw corrupt(name, `its entry at 0x${entry.vaddr.toString(16)} is out of order`)
     runs.push({ start: entry.vaddr, end: entry.vaddr + length, offset, flags })
     // Without PRESENT (lazy pages of a page server) no bytes stand in the pages file.

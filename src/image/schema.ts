@@ -232,6 +232,9 @@ const PipeFile = message({
   owner: required(4, FileOwner),
 })
 
+/** A file in memory; its pages stand where those of shared memory do. */
+export const MemfdInode = message({ size: required(4, 'uint64'), shmid: required(5, 'uint32') })
+
 const PidFd = message({
   id: required(1, 'uint32'),
   ino: required(2, 'uint32'),
@@ -297,7 +300,12 @@ export const TtyInfoEntry = message({
 
 /** Heads of entries that raw bytes follow. */
 export const PipeData = message({ pipeId: required(1, 'uint32'), bytes: required(2, 'uint32') })
-export const SocketPacket = message({ idFor: required(1, 'uint32'), length: required(2, 'uint32') })
+export const SocketPacket = message({
+  idFor: required(1, 'uint32'),
+  length: required(2, 'uint32'),
+  /** Files that are on the way with it (SCM_RIGHTS), by id. */
+  passed: repeated(4, message({ rights: repeated(2, 'uint32') })),
+})
 export const TcpStream = message({ inqLength: required(1, 'uint32'), outqLength: required(3, 'uint32') })
 export const GhostFile = message({ chunks: optional(9, 'bool') })
 export const GhostChunk = message({ length: required(1, 'uint64'), offset: required(2, 'uint64') })
