@@ -10,6 +10,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { type Endable, endTrees } from './ending.js'
 import type { SourceProcess, StdioFds } from './engines/engine.js'
 import { errnoOf, WarmforkError } from './errors.js'
+import { inheritedCapabilities } from './linux/capabilities.js'
 import { memoryUse, stat } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
 import type { TemplateView } from './options.js'
@@ -241,9 +242,15 @@ export function quoted(command: readonly string[]): string {
   return command.map((part) => (/^[\w./:=@%+,-]+$/.test(part) ? part : JSON.stringify(part))).join(' ')
 }
 
-/** libuv drops all supplementary groups when it changes the user; setpriv (util-linux) keeps those that the user has. */
+/**
+ * libuv drops all supplementary groups when it changes the user; setpriv (util-linux) keeps those that the user has. And a
+ * supervisor that is not root has criu's capabilities as ambient ones, which are not for the program.
+ */
 function argvAs({ command, identity }: TemplateCommand): [string, ...string[]] {
-  if (!needsSetpriv(identity)) return [...command]
+  if (!needsSetpriv(identity)) {
+    const ambient = process.platform === 'linux' && process.getuid?.() !== 0 && inheritedCapabilities() !== 0n
+    return ambient ? ['setpriv', '--inh-caps=-all', '--ambient-caps=-all', '--', ...command] : [...command]
+  }
   const { uid, gid, groups } = identity
   return ['setpriv', `--reuid=${uid}`, `--regid=${gid}`, `--groups=${[gid, ...groups].join(',')}`, '--', ...command]
 }

@@ -3,7 +3,7 @@ import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'no
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
-import { CRIU_CAPABILITIES } from '../src/engines/criu/launcher.js'
+import { CRIU_CAPABILITIES } from '../src/engines/criu/rights.js'
 import { parseDockerfile, stagesOf } from './dockerfile-parse.js'
 
 const root = join(import.meta.dirname, '..')

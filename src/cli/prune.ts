@@ -31,6 +31,13 @@ export function pruneCommand(): Command {
     const { root, name } = await addressedStore(flags)
     await using store = await Store.open({ root, name, access: 'read' })
     const pruned = flags.dryRun ? await foresee(store, options) : await store.prune(options)
+    const [inUse] = pruned.kept
+    if (numbers.length > 0 && inUse && !flags.dryRun) {
+      throw new WarmforkError('GENERATION_IN_USE', {
+        tried: `remove generation ${pruned.kept.map(({ number }) => number).join(', ')}`,
+        happened: inUse.reason,
+      })
+    }
     if (flags.json) printJson({ name, store: root, dryRun: flags.dryRun === true, ...pruned })
     else print(format(pruned, flags.dryRun === true))
   })

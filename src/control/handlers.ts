@@ -6,7 +6,6 @@ import { WarmforkError } from '../errors.js'
 import type { StopOptions, Supervisor } from '../supervisor.js'
 import { takeStdio } from './client-stdio.js'
 import type { GenerationStatus, Status } from './protocol.js'
-import { Relay } from './relay.js'
 import type { Caller, Handlers } from './server.js'
 
 export interface Controlled {
@@ -33,13 +32,10 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
       })
       try {
         const supervisor = await until(caller.signal, controlled.started)
-        const forked = await forkOn(supervisor, caller)
-        child = forked.child
+        child = await forkOn(supervisor, caller)
         request.emit({ pid: child.pid, generation: child.generation })
         for (const signal of waiting) child.kill(signal)
-        const status = await outlivingNot(caller, child)
-        await forked.finish()
-        return status
+        return await outlivingNot(caller, child)
       } finally {
         caller.forks.delete(request.id)
       }
@@ -56,11 +52,7 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
   }
 }
 
-/** `finish` waits for the last output of a child that has ended. */
-async function forkOn(
-  supervisor: Supervisor,
-  caller: Caller,
-): Promise<{ child: Child; finish: () => Promise<void> | undefined }> {
+async function forkOn(supervisor: Supervisor, caller: Caller): Promise<Child> {
   if (caller.pid === 0) {
     throw new WarmforkError('RESTORE_FAILED', {
       tried: 'take the standard streams of the client',
@@ -69,17 +61,10 @@ async function forkOn(
     })
   }
   const stdio = takeStdio(caller.pid)
-  // A child that is started anew takes any descriptor.
-  const relay = supervisor.engine === 'criu' ? new Relay(stdio) : undefined
   try {
-    const child = await supervisor.fork({ stdio: relay?.fds ?? stdio, signal: caller.signal })
-    relay?.begin()
-    return { child, finish: () => relay?.finish() }
-  } catch (error) {
-    relay?.cancel()
-    throw error
+    return await supervisor.fork({ stdio, signal: caller.signal })
   } finally {
-    if (!relay) for (const fd of stdio) closeSync(fd)
+    for (const fd of stdio) closeSync(fd)
   }
 }
 

@@ -1,5 +1,7 @@
 /** Checks of the kernel and of what it lets this process do. They know /proc, not criu. */
 import { readFileSync } from 'node:fs'
+import { capabilityRemedy, missingCapabilities } from '../engines/criu/rights.js'
+import { capName, hasCapability, inheritedCapabilities } from '../linux/capabilities.js'
 import { probeSystemCall, type SystemCallProbe } from '../linux/libc.js'
 import { pidMax } from '../linux/proc.js'
 import type { CheckContext, CheckResult } from './check.js'
@@ -73,29 +75,12 @@ export function checkArchitecture(): CheckResult {
   }
 }
 
-/** Bits of the capability sets. */
-const CAPABILITIES = {
-  setpcap: 8,
-  net_admin: 12,
-  sys_ptrace: 19,
-  sys_admin: 21,
-  sys_resource: 24,
-  checkpoint_restore: 40,
-} as const
-type Capability = keyof typeof CAPABILITIES
-
-/** What criu must have; tried with exactly these four. */
-const NEEDED: Capability[] = ['checkpoint_restore', 'sys_ptrace', 'sys_admin', 'setpcap']
-
-const capName = (name: string) => `CAP_${name.toUpperCase()}`
-
 /**
  * @param set what a criu that this process starts would have: the effective set for root, else the ambient one
  */
 export function judgeCapabilities(uid: number, set: bigint): CheckResult {
-  const has = (name: Capability) => (set >> BigInt(CAPABILITIES[name])) & 1n
   const who = uid === 0 ? 'root' : `user ${uid}`
-  const missing = NEEDED.filter((name) => !has(name))
+  const missing = missingCapabilities(set)
   const name = 'capabilities'
   if (missing.length > 0) {
     const list = missing.map(capName).join(', ')
@@ -104,23 +89,20 @@ export function judgeCapabilities(uid: number, set: bigint): CheckResult {
       status: 'fail',
       found: `${who} without ${list}`,
       cost: 'no fork: criu may not dump and restore',
-      remedy:
-        uid === 0
-          ? `Add them to the container (docker run ${missing.map((cap) => `--cap-add ${capName(cap)}`).join(' ')}).`
-          : `Run as root, or give them as ambient capabilities (systemd: AmbientCapabilities=${NEEDED.map(capName).join(' ')}).`,
+      remedy: capabilityRemedy(uid, missing),
     }
   }
   const lost: string[] = []
-  if (uid === 0 && !has('sys_resource'))
+  if (uid === 0 && !hasCapability(set, 'sys_resource'))
     lost.push('CAP_SYS_RESOURCE: criu must run as the user of the worker where that is not root')
-  if (!has('net_admin')) lost.push('CAP_NET_ADMIN: programs with open TCP connections cannot be dumped')
+  if (!hasCapability(set, 'net_admin')) lost.push('CAP_NET_ADMIN: programs with open TCP connections cannot be dumped')
   if (lost.length === 0) return { name, status: 'ok', found: `${who} with all that criu needs` }
   return { name, status: 'ok', found: `${who} with the four that criu needs`, cost: `without ${lost.join('; ')}` }
 }
 
 export function checkCapabilities(): CheckResult {
   const uid = process.geteuid?.() ?? -1
-  return judgeCapabilities(uid, BigInt(`0x${statusField(uid === 0 ? 'CapEff' : 'CapAmb') || '0'}`))
+  return judgeCapabilities(uid, inheritedCapabilities())
 }
 
 /** The calls that a fork needs, with what the kernel answers to the probe where nothing is in the way. */

@@ -58,6 +58,12 @@ export function pipe(): { read: number; write: number } {
   return { read: fds[0]!, write: fds[1]! }
 }
 
+/** A second descriptor for what one names, close-on-exec. */
+export function duplicate(fd: number): number {
+  const F_DUPFD_CLOEXEC = 1030
+  return check('fcntl', c.fcntl(fd, F_DUPFD_CLOEXEC, 3))
+}
+
 /** A pair of connected Unix sockets that keep message boundaries (SOCK_SEQPACKET), close-on-exec. */
 export function seqpacketPair(): [number, number] {
   const AF_UNIX = 1

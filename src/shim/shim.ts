@@ -123,7 +123,8 @@ export function isGoProgram(pid: number): boolean {
  * it refuses to discard memory (EAGAIN); such a process is restored by copying.
  */
 export function seesProc(pid: number): boolean {
-  return existsSync(`/proc/${pid}/root/proc/stat`)
+  // Not existsSync: access(2) goes by the real user, and a supervisor may have its rights as capabilities only.
+  return statSync(`/proc/${pid}/root/proc/stat`, { throwIfNoEntry: false }) !== undefined
 }
 
 function isShim(path: string): boolean {

@@ -23,6 +23,7 @@ import { dump } from './dump.js'
 import { CriuForkSource } from './fork-source.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
 import { chooseMemory } from './memory-choice.js'
+import { hasFileCapabilities, requireRights } from './rights.js'
 
 export interface CriuEngineOptions {
   /** Of the supervisor: its part of the store. */
@@ -81,9 +82,10 @@ export class CriuEngine implements Engine {
     mkdirSync(this.#forks, { mode: options.worker ? 0o711 : 0o700 })
   }
 
-  /** Throws CRIU_MISSING, CRIU_TOO_OLD, and what `Store.open` throws. */
+  /** Throws CRIU_MISSING, CRIU_TOO_OLD, CRIU_RIGHTS, and what `Store.open` throws. */
   static async open(options: CriuEngineOptions): Promise<CriuEngine> {
     const criu = findCriu(options.criu === undefined ? {} : { criu: options.criu })
+    requireRights(criu.source !== 'private' && process.getuid?.() !== 0 && hasFileCapabilities(criu))
     const launcher = await Launcher.prepare(criu, options.env, options.registry, options.worker)
     const store = await Store.open({
       name: options.name,

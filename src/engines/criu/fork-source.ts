@@ -16,6 +16,7 @@ import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import type { ForkedProcess, ForkOptions, ForkSource, StdioFds } from '../engine.js'
 import type { Launcher } from './launcher.js'
 import { isIdCollision, isOutOfProcesses, summarize } from './log.js'
+import { Relay } from './relay.js'
 import { endRestored, forkError, type RestoreOutcome, Restorer } from './restorer.js'
 
 export interface SourceOptions {
@@ -68,16 +69,29 @@ export class CriuForkSource implements ForkSource {
     return this.#options.generation.info
   }
 
-  async fork(options: ForkOptions = {}): Promise<ForkedProcess> {
+  async fork({ stdio, signal }: ForkOptions = {}): Promise<ForkedProcess> {
+    if (!stdio) return this.#fork(undefined, signal)
+    const relay = relayed(stdio)
+    try {
+      const forked = await this.#fork(relay, signal)
+      relay.begin()
+      return forked
+    } catch (error) {
+      relay.cancel()
+      throw error
+    }
+  }
+
+  async #fork(relay: Relay | undefined, signal: AbortSignal | undefined): Promise<ForkedProcess> {
     const tried = `fork from generation ${this.#options.generation.number}`
     for (let attempt = 1; ; attempt++) {
-      options.signal?.throwIfAborted()
+      signal?.throwIfAborted()
       if (this.#closed) throw new WarmforkError('STOPPED', { tried, happened: 'the generation is not in use any more' })
       this.#checkFiles()
-      const taken = this.#take(options.stdio)
+      const taken = this.#take(relay?.fds)
       const outcome = await this.#restore(taken, this.#options.timeoutMs)
       this.#refillSoon()
-      if (outcome.ok) return this.#adopt(outcome.pid, taken.pids, outcome.pipes)
+      if (outcome.ok) return this.#adopt(outcome.pid, taken.pids, outcome.pipes, relay)
       if (isIdCollision(outcome.log) && attempt < ID_ATTEMPTS) continue
       if (isOutOfProcesses(outcome.log)) {
         throw new WarmforkError('PIDS_EXHAUSTED', { tried, happened: summarize(outcome.log, ''), output: outcome.log })
@@ -87,9 +101,9 @@ export class CriuForkSource implements ForkSource {
         throw new WarmforkError('TIMEOUT', { tried, happened, output: outcome.log })
       }
       // The reason may have passed: a second try, which writes a full log, is the last one.
-      const again = this.#start(options.stdio)
+      const again = this.#start(relay?.fds)
       const second = await this.#restore(again, this.#options.timeoutMs * 2, 4)
-      if (second.ok) return this.#adopt(second.pid, again.pids, second.pipes)
+      if (second.ok) return this.#adopt(second.pid, again.pids, second.pipes, relay)
       throw failure(tried, second.log || outcome.log, second.exit)
     }
   }
@@ -210,7 +224,12 @@ export class CriuForkSource implements ForkSource {
     if (pid !== undefined) this.#options.launcher.ended(pid)
   }
 
-  async #adopt(pid: number, pids: readonly number[], pipes: StdioFds | undefined): Promise<ForkedProcess> {
+  async #adopt(
+    pid: number,
+    pids: readonly number[],
+    pipes: StdioFds | undefined,
+    relay: Relay | undefined,
+  ): Promise<ForkedProcess> {
     const { generation, launcher } = this.#options
     const startTicks = stat(pid)?.startTicks ?? 0
     for (const one of pids) launcher.track(one)
@@ -227,7 +246,16 @@ export class CriuForkSource implements ForkSource {
       // What it has started may outlive it; by its group the guard finds that at the end.
       for (const one of pids) if (!idInUse(one)) launcher.forget(one)
       lease.release()
+      return relay?.finish()
     })
+  }
+}
+
+function relayed(stdio: StdioFds): Relay {
+  try {
+    return new Relay(stdio)
+  } catch (error) {
+    throw forkError(error)
   }
 }
 
@@ -262,14 +290,14 @@ class RestoredProcess implements ForkedProcess {
     readonly pids: readonly number[],
     readonly pipes: StdioFds | undefined,
     readonly generation: number,
-    onExit: () => void,
+    /** What it gives is waited for before the exit is told. */
+    onExit: () => Promise<void> | undefined,
   ) {
     this.exited = new Promise((resolve) => {
       reaper.watch(pid, {
         exited: (status) => {
           this.#gone = true
-          onExit()
-          resolve(status)
+          void Promise.resolve(onExit()).then(() => resolve(status))
         },
         continued: () => {
           if (this.#running) return

@@ -6,6 +6,7 @@ import { chmodSync, chownSync, fchownSync } from 'node:fs'
 import { stat } from '../../linux/proc.js'
 import type { Criu } from './binary.js'
 import { ensureKernelCache } from './kdat.js'
+import { CRIU_CAPABILITIES } from './rights.js'
 
 /** A switch of CRIU's own fault injection: threads are followed with single steps of the tracer instead. */
 const NO_HARDWARE_BREAKPOINTS = '130'
@@ -100,9 +101,6 @@ export class Launcher {
     if (this.#other) chownSync(path, this.#other.uid, this.#other.gid)
   }
 }
-
-/** The capabilities that criu needs where it is not root: to choose ids, to stop and to read processes, to set their limits. */
-export const CRIU_CAPABILITIES = ['checkpoint_restore', 'sys_ptrace', 'sys_admin', 'setpcap'] as const
 
 function asUser({ uid, gid }: Worker): string[] {
   const capabilities = CRIU_CAPABILITIES.map((name) => `+${name}`).join(',')

@@ -9,8 +9,8 @@ import { Socket } from 'node:net'
 import type { Readable, Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { isatty } from 'node:tty'
-import type { StdioFds } from '../engines/engine.js'
-import { pipe } from '../linux/libc.js'
+import { duplicate, pipe } from '../../linux/libc.js'
+import type { StdioFds } from '../engine.js'
 
 /** How long after the child's end its last output is waited for. What it has started may hold the pipe open for ever. */
 const LAST_OUTPUT_MS = 250
@@ -31,9 +31,16 @@ export class Relay {
   #written: Promise<unknown> = Promise.resolve()
   readonly #passed: number[] = []
 
-  /** @param stdio its descriptors are this object's to close from now on */
+  /** @param stdio its descriptors stay the caller's: this object has copies. Throws FDS_EXHAUSTED by way of EMFILE. */
   constructor(stdio: StdioFds) {
-    const fds = stdio.map((fd, stream) => (isPipeOrTerminal(fd) ? this.#pass(fd) : this.#replace(fd, stream)))
+    const copies: number[] = []
+    try {
+      for (const fd of stdio) copies.push(duplicate(fd))
+    } catch (error) {
+      for (const fd of copies) closeSync(fd)
+      throw error
+    }
+    const fds = copies.map((fd, stream) => (isPipeOrTerminal(fd) ? this.#pass(fd) : this.#replace(fd, stream)))
     this.fds = fds as unknown as StdioFds
   }
 
