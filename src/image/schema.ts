@@ -122,7 +122,7 @@ export const MAP = {
 } as const
 
 /** Advice numbers of madvise(2): bit N of `madv` says that advice N was given. */
-export const MADV = { DONTFORK: 10, WIPEONFORK: 18 } as const
+export const MADV = { WIPEONFORK: 18 } as const
 
 export const PagemapHead = message({ pagesId: required(1, 'uint32') })
 

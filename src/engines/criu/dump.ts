@@ -24,6 +24,9 @@ export interface DumpCall {
   onEnd(pid: number): void
 }
 
+/** How long to wait, once criu has ended, for the end of its stderr. */
+const LAST_WORDS_MS = 500
+
 /** How long the tree stood still. Throws CHECKPOINT_FAILED with criu's reasons, DISK_FULL, TIMEOUT. */
 export async function dump(call: DumpCall): Promise<{ frozenMs: number }> {
   const tried = `checkpoint process ${call.pid} (${call.command.join(' ')})`
@@ -46,8 +49,12 @@ export async function dump(call: DumpCall): Promise<{ frozenMs: number }> {
   call.signal?.addEventListener('abort', onAbort, { once: true })
   try {
     const exit = await new Promise<string | 0>((resolve) => {
+      const done = (code: number | null, signal: NodeJS.Signals | null) =>
+        resolve(signal ?? (code === 0 ? 0 : `status ${code}`))
       child.once('error', (error) => resolve(error.message))
-      child.once('close', (code, signal) => resolve(signal ?? (code === 0 ? 0 : `status ${code}`)))
+      child.once('close', done)
+      // A criu that was killed can leave a helper behind that has its stderr open and never ends.
+      child.once('exit', (code, signal) => setTimeout(done, LAST_WORDS_MS, code, signal).unref())
     })
     if (exit === 0) return { frozenMs: frozenMs(call.directory) ?? performance.now() - started }
     call.signal?.throwIfAborted()
@@ -65,6 +72,7 @@ export async function dump(call: DumpCall): Promise<{ frozenMs: number }> {
     )
   } finally {
     clearTimeout(timer)
+    child.stderr.destroy()
     call.signal?.removeEventListener('abort', onAbort)
     if (child.pid !== undefined) call.onEnd(child.pid)
   }

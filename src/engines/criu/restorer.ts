@@ -49,6 +49,8 @@ const FIRST_INHERITED = 4
 /** A killed process that is in an uninterruptible wait is not waited for longer. */
 const GONE_TIMEOUT_MS = 2_000
 
+const REMOVAL_DELAY_MS = 10
+
 /** The same for all: the largest answer is that of an error, far below. */
 const RESPONSE_BYTES = 64 * 1024
 
@@ -209,7 +211,8 @@ export class Restorer {
     closeSync(this.#socket)
     for (const fd of this.#pipes ?? []) closeSync(fd)
     this.#pipes = undefined
-    this.#removeDirectory()
+    // criu has read it; to remove it takes 1 ms, which the fork and its first answer need not wait for.
+    setTimeout(() => this.#removeDirectory(), REMOVAL_DELAY_MS)
   }
 
   #removeDirectory(): void {

@@ -71,8 +71,6 @@ const FILE_STRETCH_MIN = 16n * BigInt(PAGE)
 /** Bits that a VMA may have and still be converted. */
 const PLAIN_ANONYMOUS = VMA_STATUS.REGULAR | VMA_STATUS.ANON_PRIVATE | VMA_STATUS.HEAP
 const PLAIN_FILE = VMA_STATUS.REGULAR | VMA_STATUS.FILE_PRIVATE
-/** Advice that would be lost with the first discard: the shim puts fresh memory there, which has none. */
-const ADVICE_KEPT = (1n << BigInt(MADV.DONTFORK)) | (1n << BigInt(MADV.WIPEONFORK))
 /**
  * HotSpot's performance data: shared with nobody but tools that look at it, and removed when its process ends or another
  * JVM starts and misses that process. Each child gets a copy of its own.
@@ -85,7 +83,9 @@ function isPlain(vma: VmaEntry, kind: number, bits: number): boolean {
     (vma.status & kind) !== 0 &&
     (vma.status & ~bits) === 0 &&
     (vma.flags & NOT_CONVERTED) === 0 &&
-    ((vma.madv ?? 0n) & ADVICE_KEPT) === 0n
+    // Other advice is given again, but lost with the first discard, for which the shim puts fresh memory there: V8 asks for
+    // DONTFORK for its whole heap, to make fork(2) cheaper, and bears that.
+    (((vma.madv ?? 0n) >> BigInt(MADV.WIPEONFORK)) & 1n) === 0n
   )
 }
 
