@@ -25,7 +25,8 @@ export class AddressSpace {
     const { pagesId, runs } = readPagemap(set, `pagemap-${pid}.img`)
     this.pagesId = pagesId
     this.runs = runs
-    this.vmas = set.memory(pid).vmas
+    // Guard pages lie inside of other mappings, and are listed after all of them (CRIU ≥ 4.2).
+    this.vmas = set.memory(pid).vmas.filter(({ status }) => !(status & VMA_STATUS.GUARD))
     this.#fileNames = mappableFiles(set)
     checkMappings(pid, this.vmas, runs)
   }

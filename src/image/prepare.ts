@@ -15,7 +15,7 @@ import { type Range, wipeRanges, withoutRanges } from './edits/wipe.js'
 import { truncated } from './failure.js'
 import { ImageSet } from './image-set.js'
 import { bytesOf } from './message.js'
-import { pagesFile, writePagemap } from './pagemap.js'
+import { pagesFile } from './pagemap.js'
 
 export interface PrepareOptions {
   /** Where CRIU wrote the image. */
@@ -62,21 +62,14 @@ export async function prepare(options: PrepareOptions): Promise<PreparedImage> {
   try {
     const places = living.map((process, i) => findIdPlaces(set, process, spaces[i]!))
     const wiped = living.map(({ pid }) => wipeRanges(set, pid, options.wipe?.get(pid)))
-    const runs = spaces.map((space, i) => withoutRanges(space.runs, wiped[i]!))
-    const shared = spaces.flatMap((memory, i) =>
-      options.isShared(memory.pid)
-        ? [{ memory, runs: runs[i]!, keepOut: pagesOf(places[i]!), leaveAlone: wiped[i]! }]
-        : [],
-    )
-    const plan = planMemory(set, { pageFilePath: options.pageFile.map, processes: shared, isUnchanged: sameSize })
-    for (const [i, { pid }] of spaces.entries()) {
-      if (plan.kept.has(pid) || wiped[i]!.length === 0) continue
-      writePagemap(set, `pagemap-${pid}.img`, runs[i]!)
-      plan.kept.set(
-        pid,
-        runs[i]!.map(({ offset, start, end }) => ({ sourceOffset: offset, length: Number(end - start) })),
-      )
-    }
+    const processes = spaces.map((memory, i) => ({
+      memory,
+      isShared: options.isShared(memory.pid),
+      runs: withoutRanges(memory.runs, wiped[i]!),
+      keepOut: pagesOf(places[i]!),
+      leaveAlone: wiped[i]!,
+    }))
+    const plan = planMemory(set, { pageFilePath: options.pageFile.map, processes, isUnchanged: sameSize })
     const sizeChecksDropped = dropSizeChecks(set)
     const locksDropped = dropLocks(set)
     dropFifoData(set)

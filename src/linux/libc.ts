@@ -38,10 +38,13 @@ export class SystemError extends Error {
   }
 }
 
+export function systemError(syscall: string, errno: number): SystemError {
+  return new SystemError(syscall, errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+}
+
 function check(syscall: string, result: number): number {
   if (result >= 0) return result
-  const errno = koffi.errno()
-  throw new SystemError(syscall, errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+  throw systemError(syscall, koffi.errno())
 }
 
 const O_CLOEXEC = 0o2000000
@@ -58,10 +61,10 @@ export function pipe(): { read: number; write: number } {
   return { read: fds[0]!, write: fds[1]! }
 }
 
-/** A second descriptor for what one names, close-on-exec. */
-export function duplicate(fd: number): number {
+/** A second descriptor for what one names, close-on-exec, of at least the given number. */
+export function duplicate(fd: number, atLeast = 3): number {
   const F_DUPFD_CLOEXEC = 1030
-  return check('fcntl', c.fcntl(fd, F_DUPFD_CLOEXEC, 3))
+  return check('fcntl', c.fcntl(fd, F_DUPFD_CLOEXEC, atLeast))
 }
 
 /** A pair of connected Unix sockets that keep message boundaries (SOCK_SEQPACKET), close-on-exec. */
@@ -96,7 +99,7 @@ export function tryLock(fd: number): boolean {
   if (c.flock(fd, LOCK_EX_NB) === 0) return true
   const errno = koffi.errno()
   if (errno === constants.errno.EWOULDBLOCK || errno === constants.errno.EINTR) return false
-  throw new SystemError('flock', errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+  throw systemError('flock', errno)
 }
 
 export type WaitResult =
@@ -139,7 +142,7 @@ export function pidfdSignal(pidfd: number, signal: number): boolean {
   if (Number(c.syscall3(SYS.pidfd_send_signal, pidfd, signal, 0)) === 0) return true
   const errno = koffi.errno()
   if (errno === constants.errno.ESRCH) return false
-  throw new SystemError('pidfd_send_signal', errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+  throw systemError('pidfd_send_signal', errno)
 }
 
 /** A copy of another process's descriptor (pidfd_getfd, Linux 5.6; needs ptrace rights over it). */
@@ -160,7 +163,7 @@ export function sendSignal(pid: number, signal: number): boolean {
   if (c.kill(pid, signal) === 0) return true
   const errno = koffi.errno()
   if (errno === constants.errno.ESRCH) return false
-  throw new SystemError('kill', errno, ERRNO_NAMES.get(errno) ?? `errno ${errno}`)
+  throw systemError('kill', errno)
 }
 
 /** Where the next data of a sparse file begin, from a position on (lseek with SEEK_DATA); undefined where only a hole follows. */

@@ -38,6 +38,9 @@ const ID_ATTEMPTS = 8
 
 const REFILL_DELAY_MS = 5
 
+/** After this time each process of a restored tree has taken its SIGSTOP, which is on the way when criu is done. */
+const STOPPED_MS = 100
+
 export class CriuForkSource implements ForkSource {
   readonly #options: SourceOptions
   readonly #ahead: { restorer: Restorer; fresh: number[]; image: ForkImage }[] = []
@@ -111,15 +114,14 @@ export class CriuForkSource implements ForkSource {
   /** Whatever comes of it, nobody else knows of half a child: the guard is told what may appear. */
   async #restore({ restorer, fresh, pids }: Started, timeoutMs: number, logLevel?: 4): Promise<RestoreOutcome> {
     const { launcher } = this.#options
-    const criu = restorer.pid
-    if (criu !== undefined) launcher.expect(pids, criu)
+    launcher.expect(pids, restorer.pid)
     let ok = false
     try {
       const outcome = await restorer.restore(timeoutMs, logLevel)
       ok = outcome.ok
       return outcome
     } finally {
-      if (criu !== undefined) launcher.ended(criu)
+      launcher.ended(restorer.pid)
       if (!ok) for (const pid of pids) launcher.forget(pid)
       ids.release(fresh)
     }
@@ -183,7 +185,7 @@ export class CriuForkSource implements ForkSource {
         onPipeEnd: launcher.give,
         onPath: launcher.givePath,
       })
-      if (restorer.pid !== undefined) launcher.started(restorer.pid)
+      launcher.started(restorer.pid)
       return { restorer, fresh, image, pids: derived.pids }
     } catch (error) {
       ids.release(fresh)
@@ -218,10 +220,9 @@ export class CriuForkSource implements ForkSource {
   }
 
   async #discard({ restorer, fresh }: { restorer: Restorer; fresh: number[] }): Promise<void> {
-    const { pid } = restorer
     await restorer.discard()
     ids.release(fresh)
-    if (pid !== undefined) this.#options.launcher.ended(pid)
+    this.#options.launcher.ended(restorer.pid)
   }
 
   async #adopt(
@@ -282,6 +283,7 @@ function failure(tried: string, log: string, exit: string): WarmforkError {
 class RestoredProcess implements ForkedProcess {
   readonly exited: Promise<ExitStatus>
   onStrayResume?: () => void
+  readonly #madeAt = performance.now()
   #running = false
   #gone = false
 
@@ -316,8 +318,20 @@ class RestoredProcess implements ForkedProcess {
     if (this.#gone) {
       throw new WarmforkError('CHILD_GONE', { tried: `continue child ${this.pid}`, happened: 'it has ended' })
     }
+    if (!this.#running && this.#isPartlyContinued) {
+      throw new WarmforkError('CHILD_GONE', {
+        tried: `continue child ${this.pid}`,
+        happened: 'somebody else has continued one of its processes before',
+      })
+    }
     this.#running = true
     for (const pid of this.pids) sendSignal(pid, signalNumber('SIGCONT'))
+  }
+
+  /** The kernel tells of the root only. */
+  get #isPartlyContinued(): boolean {
+    if (this.pids.length === 1 || performance.now() - this.#madeAt < STOPPED_MS) return false
+    return this.pids.slice(1).some((pid) => !/^[TtZX]/.test(stat(pid)?.state ?? 'T'))
   }
 
   kill(signal: NodeJS.Signals): boolean {

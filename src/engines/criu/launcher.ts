@@ -18,6 +18,8 @@ export interface ProcessRegistry {
   /** The id may soon be that of a process of ours, which is half restored then; `track` or `forget` takes it back. */
   expect(pid: number, startTicks: number): void
   forget(pid: number): void
+  /** The directory goes with the supervisor. */
+  removeAtEnd(path: string): void
 }
 
 export interface Worker {

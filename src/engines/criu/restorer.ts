@@ -3,8 +3,7 @@
  * pipes of the child to come already in its hands and the child's directory written. That takes 4 of 12 ms off a fork.
  * One restorer makes one restore. It knows a derived image and descriptors, but no generation and no pool.
  */
-import { type ChildProcess, spawn } from 'node:child_process'
-import { closeSync, read, rmSync } from 'node:fs'
+import { closeSync, openSync, read, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { errnoOf, WarmforkError } from '../../errors.js'
@@ -12,6 +11,8 @@ import { type DerivedImage, writeDerived } from '../../image/derive.js'
 import { DecodeError, decode } from '../../image/message.js'
 import { pipe, send, sendSignal, seqpacketPair, signalNumber, waitChild } from '../../linux/libc.js'
 import { processTree, stat } from '../../linux/proc.js'
+import { type ExitStatus, reaper } from '../../linux/reaper.js'
+import { spawnProgram } from '../../linux/spawn.js'
 import type { StdioFds } from '../engine.js'
 import { restoreRequest } from './args.js'
 import { readLog } from './log.js'
@@ -46,8 +47,14 @@ export type RestoreOutcome =
 /** Where criu's descriptors begin: 0 to 2 are its own, 3 is the socket. */
 const FIRST_INHERITED = 4
 
+/** How long after criu's end its answer may still be on the way to us. */
+const LAST_ANSWER_MS = 50
+
 /** A killed process that is in an uninterruptible wait is not waited for longer. */
 const GONE_TIMEOUT_MS = 2_000
+
+/** In the derived directory: criu's stderr. */
+const WORDS = 'criu.stderr'
 
 const REMOVAL_DELAY_MS = 10
 
@@ -56,17 +63,16 @@ const RESPONSE_BYTES = 64 * 1024
 
 export class Restorer {
   readonly #options: RestorerOptions
-  readonly #process: ChildProcess
-  readonly #exited: Promise<string>
+  /** Of criu itself. */
+  readonly pid: number
+  readonly #exited: Promise<ExitStatus>
+  #exit: ExitStatus | undefined
   readonly #keys: { key: string; fd: number }[]
   #socket: number
   #pipes: [number, number, number] | undefined
   #ended = false
-  /** Set where criu could not be started at all. */
-  #startError: Error | undefined
-  #stderr = ''
 
-  /** Throws what making pipes, a directory or a process throws: FDS_EXHAUSTED, DISK_FULL, CRIU_MISSING. */
+  /** Throws what making pipes, a directory or a process throws: FDS_EXHAUSTED, PIDS_EXHAUSTED, DISK_FULL, CRIU_MISSING. */
   constructor(options: RestorerOptions) {
     this.#options = options
     const theirs: number[] = []
@@ -80,12 +86,13 @@ export class Restorer {
       const ends = options.given ?? this.#makePipes(ours, theirs)
       const inherited = [...options.stdio.map(({ stream, key }) => ({ key, fd: ends[stream] })), ...options.inherited]
       this.#keys = inherited.map(({ key }, index) => ({ key, fd: FIRST_INHERITED + index }))
-      const [file, ...args] = options.argv
-      this.#process = spawn(file!, [...args, 'swrk', '3'], {
-        cwd: '/',
-        env: options.env,
-        stdio: ['ignore', 'ignore', 'pipe', itsSocket, ...inherited.map(({ fd }) => fd)],
-      })
+      // What criu says before it has its request, and so a log: a loader's errors, for example.
+      const words = openSync(join(options.directory, WORDS), 'w', 0o600)
+      theirs.push(words)
+      const nowhere = openSync('/dev/null', 'r+')
+      theirs.push(nowhere)
+      const fds = [nowhere, nowhere, words, itsSocket, ...inherited.map(({ fd }) => fd)]
+      this.pid = spawnProgram([...options.argv, 'swrk', '3'], options.env, fds)
     } catch (error) {
       for (const fd of ours) closeSync(fd)
       this.#removeDirectory()
@@ -93,34 +100,24 @@ export class Restorer {
     } finally {
       for (const fd of theirs) closeSync(fd)
     }
-    this.#process.stderr?.on('data', (chunk: Buffer) => {
-      this.#stderr = (this.#stderr + chunk.toString('utf8')).slice(-RESPONSE_BYTES)
-    })
     this.#exited = new Promise((resolve) => {
-      this.#process.once('error', (error) => {
-        this.#startError = error
-        resolve(error.message)
+      reaper.watch(this.pid, {
+        exited: (status) => {
+          this.#exit = status
+          resolve(status)
+        },
       })
-      this.#process.once('exit', (code, signal) => resolve(signal ?? `status ${code}`))
     })
-    // A supervisor that has nothing else to do may end.
-    this.#process.unref()
-    ;(this.#process.stderr as { unref?(): void } | null)?.unref?.()
-  }
-
-  /** Of criu itself; undefined where it could not be started. */
-  get pid(): number | undefined {
-    return this.#process.pid
   }
 
   /** Whether criu still waits for its request. */
   get usable(): boolean {
-    return (
-      !this.#ended &&
-      this.#process.exitCode === null &&
-      this.#process.signalCode === null &&
-      this.#process.pid !== undefined
-    )
+    return !this.#ended && this.#exit === undefined
+  }
+
+  #kill(): void {
+    // Not after its status was read: the id may be another's by then.
+    if (this.#exit === undefined) sendSignal(this.pid, signalNumber('SIGKILL'))
   }
 
   #makePipes(ours: number[], theirs: number[]): StdioFds {
@@ -138,19 +135,21 @@ export class Restorer {
     return [stdin.read, stdout.write, stderr.write]
   }
 
-  /**
-   * Asks for the restore. The restorer is spent afterwards, whatever comes of it. Throws FDS_EXHAUSTED, PIDS_EXHAUSTED or CRIU_MISSING
-   * where criu could not be started.
-   */
+  /** Asks for the restore. The restorer is spent afterwards, whatever comes of it. */
   async restore(timeoutMs: number, logLevel: 1 | 4 = 1): Promise<RestoreOutcome> {
     const { directory, derived, unprivileged } = this.#options
     this.#ended = true
     let timedOut = false
     const timer = setTimeout(() => {
       timedOut = true
-      this.#process.kill('SIGKILL')
+      this.#kill()
     }, timeoutMs)
-    this.#process.ref()
+    let answered = false
+    // A criu that died leaves a root that waits for it, with a copy of its end of the socket: no answer and no end would come.
+    void this.#exited.then(async () => {
+      await sleep(LAST_ANSWER_MS)
+      if (!answered) await endRestored(derived.rootPid)
+    })
     try {
       const request = restoreRequest({
         directory,
@@ -160,17 +159,17 @@ export class Restorer {
         unprivileged,
       })
       const response = await this.#exchange(request)
+      answered = true
       if (response?.success && response.restored?.pid === derived.rootPid) {
         const pipes = this.#pipes
         this.#pipes = undefined
         return { ok: true, pid: derived.rootPid, pipes }
       }
-      const exit = await this.#exited
-      if (this.#startError) throw forkError(this.#startError)
-      const log = readLog(join(directory, 'restore.log'))
+      const { code, signal } = await this.#exited
+      const log = readLog(join(directory, 'restore.log')) || readLog(join(directory, WORDS))
       // With criu gone nobody else ends what a failed restore has left.
       await endRestored(derived.rootPid)
-      return { ok: false, log: log || this.#stderr || (response?.errorMessage ?? ''), timedOut, exit }
+      return { ok: false, log: log || (response?.errorMessage ?? ''), timedOut, exit: signal ?? `status ${code}` }
     } finally {
       clearTimeout(timer)
       this.#giveBack()
@@ -182,7 +181,7 @@ export class Restorer {
     if (this.#ended) return
     this.#ended = true
     this.#giveBack()
-    this.#process.kill('SIGKILL')
+    this.#kill()
     await this.#exited
   }
 

@@ -17,6 +17,13 @@ export interface IdPlace {
   runtime: 'glibc' | 'musl' | 'go'
 }
 
+/**
+ * x86-64: glibc keeps the thread id 0x2d0 bytes behind its thread pointer (`struct pthread`, `tid`), and a pointer to the
+ * thread pointer itself 0x10 behind it (`self`). Up to 2.42 the kernel clears that very id at the thread's end; from 2.43
+ * on it clears another field, the thread's `joinstate`.
+ */
+const GLIBC_TID_OFFSET = 0x2d0n
+const GLIBC_SELF_OFFSET = 0x10n
 /** x86-64: musl keeps the thread id 0x30 bytes behind its thread pointer (`struct pthread`, `tid`). */
 const MUSL_TID_OFFSET = 0x30n
 /** Go on x86-64: the pointer to g stands 8 bytes before the thread pointer, g's pointer to m at offset 48. */
@@ -52,15 +59,20 @@ function placesOfThread(set: ImageSet, threadId: number, memory: AddressSpace): 
   if (!x86) throw unsupported('give a thread an id of its own', 'the image is not of an x86-64 process')
   const found: IdPlace[] = []
   const { clearTidAddr, registers } = x86
-  if (clearTidAddr !== 0n && memory.readInt32(clearTidAddr) === threadId) {
+  const { fsBase } = registers
+  const glibc = fsBase + GLIBC_TID_OFFSET
+  const musl = fsBase + MUSL_TID_OFFSET
+  const holdsId = (address: bigint) => memory.readInt32(address) === threadId
+  if (clearTidAddr !== 0n && holdsId(clearTidAddr)) {
     found.push({ threadId, address: clearTidAddr, width: 4, runtime: 'glibc' })
-  }
-  if (registers.fsBase === 0n) return found
-  const musl = registers.fsBase + MUSL_TID_OFFSET
-  if (musl !== clearTidAddr && found.length === 0 && memory.readInt32(musl) === threadId) {
+  } else if (fsBase === 0n) {
+    return found
+  } else if (holdsId(glibc) && memory.readUint64(fsBase + GLIBC_SELF_OFFSET) === fsBase) {
+    found.push({ threadId, address: glibc, width: 4, runtime: 'glibc' })
+  } else if (holdsId(musl)) {
     found.push({ threadId, address: musl, width: 4, runtime: 'musl' })
   }
-  const go = goProcId(threadId, registers.fsBase, memory)
+  const go = goProcId(threadId, fsBase, memory)
   if (go !== undefined) found.push({ threadId, address: go, width: 8, runtime: 'go' })
   return found
 }

@@ -37,9 +37,11 @@ export interface MemoryPlan {
 export interface MemoryEdit {
   /** Path under which the children open the page file. */
   pageFilePath: string
-  /** Processes whose memory is shared; others keep all their pages in the image. */
+  /** All living processes. */
   processes: readonly {
     memory: AddressSpace
+    /** Whether it shares its memory; otherwise it keeps all its pages in the image. */
+    isShared: boolean
     /** Pages of the process that a fork gets: all that the image has, but for wiped ones. */
     runs: readonly PageRun[]
     /** Addresses of pages, ascending, that stay out of the page file (see the identity edit). */
@@ -111,17 +113,15 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
     const file = mappable.has(id) ? paths.get(id) : undefined
     return file !== undefined && edit.isUnchanged(file.name, file.size === undefined ? undefined : Number(file.size))
   }
-  const wanted = edit.processes.map(({ memory, runs, keepOut, leaveAlone }) => ({
+  const wanted = edit.processes.map(({ memory, isShared, runs, keepOut, leaveAlone }) => ({
     memory,
     runs,
     keepOut,
-    stretches: memory.vmas.map((vma) =>
-      leaveAlone.some(({ start, end }) => start < vma.end && vma.start < end)
-        ? []
-        : isVanishing(vma, paths)
-          ? [{ start: vma.start, end: vma.end }]
-          : stretchesOf(vma, runs, isUnchanged),
-    ),
+    stretches: set.memory(memory.pid).vmas.map((vma) => {
+      if (leaveAlone.some(({ start, end }) => start < vma.end && vma.start < end)) return []
+      if (isVanishing(vma, paths)) return [{ start: vma.start, end: vma.end }]
+      return isShared ? stretchesOf(vma, runs, isUnchanged) : []
+    }),
   }))
   const slots = wanted.reduce(
     (sum, { stretches }) => sum + stretches.reduce((inner, list) => inner + list.length, 0),
@@ -130,7 +130,10 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
   const gap = Math.max(SLOT_ALIGNMENT, Math.min(SLOT_GAP, Math.floor(PAGE_FILE_LIMIT / Math.max(1, slots))))
 
   const plan: MemoryPlan = { copies: [], kept: new Map(), pageFileSize: 0, mappings: 0 }
+  const pageFiles: FileEntry[] = []
   for (const [order, { memory, runs, keepOut, stretches }] of wanted.entries()) {
+    // Nothing to change: its pages can be linked as they are.
+    if (stretches.every((list) => list.length === 0) && lengthOf(runs) === lengthOf(memory.runs)) continue
     const mm = set.memory(memory.pid)
     const vmas: VmaEntry[] = []
     const shared: Slot[] = []
@@ -158,22 +161,23 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
       kept.map(({ offset, start, end }) => ({ sourceOffset: offset, length: Number(end - start) })),
     )
     writePagemap(set, `pagemap-${memory.pid}.img`, kept)
+    if (shared.length > 0) pageFiles.push(pageFileEntry(firstFileId + order, edit.pageFilePath, files))
   }
-  if (slots > 0) {
-    // A mount id of -1, CRIU's default, makes it look the path up from the root.
-    const owner = { uid: 0, euid: 0, signum: 0, pidType: 0, pid: 0 }
-    const entries = wanted.map((_, order) => {
-      const id = firstFileId + order
-      const regular = { id, flags: 0, pos: 0n, owner, name: edit.pageFilePath, buildId: [], ...mountOf(files) }
-      return { type: FILE_TYPE.REG, id, regular }
-    })
-    set.put('files.img', FileEntry, [...files, ...entries])
-  }
+  if (pageFiles.length > 0) set.put('files.img', FileEntry, [...files, ...pageFiles])
   return plan
 }
 
+const lengthOf = (runs: readonly Stretch[]) => runs.reduce((sum, { start, end }) => sum + end - start, 0n)
+
+function pageFileEntry(id: number, name: string, files: readonly FileEntry[]): FileEntry {
+  const owner = { uid: 0, euid: 0, signum: 0, pidType: 0, pid: 0 }
+  // A mount id of -1, CRIU's default, makes it look the path up from the root.
+  const regular = { id, flags: 0, pos: 0n, owner, name, buildId: [], ...mountOf(files) }
+  return { type: FILE_TYPE.REG, id, regular }
+}
+
 /** The page file is found from the root, like the program's own files. */
-function mountOf(files: readonly { regular?: { mountId?: number | undefined } | undefined }[]): { mountId?: number } {
+function mountOf(files: readonly FileEntry[]): { mountId?: number } {
   const mountId = files.find(({ regular }) => regular)?.regular?.mountId
   return mountId === undefined ? {} : { mountId }
 }
