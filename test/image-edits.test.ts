@@ -328,6 +328,17 @@ describe('identity', () => {
       ])
     })
 
+    it('glibc from 2.43 on: behind the thread pointer, since the kernel clears another place', () => {
+      const words: [bigint, Uint8Array][] = [
+        [A + 0x10n, word(A, 8)],
+        [A + 0x2d0n, word(50, 4)],
+        [A + 0x628n, word(2, 4)],
+      ]
+      expect(places({ clearTidAddr: A + 0x628n, fsBase: A }, words)).toEqual([
+        { threadId: 50, address: A + 0x2d0n, width: 4, runtime: 'glibc' },
+      ])
+    })
+
     it('musl: behind the thread pointer', () => {
       expect(places({ clearTidAddr: A + 8n, fsBase: A + PAGE }, [[A + PAGE + 0x30n, word(50, 4)]])).toEqual([
         { threadId: 50, address: A + PAGE + 0x30n, width: 4, runtime: 'musl' },
@@ -582,14 +593,19 @@ describe('memory', () => {
   const GAP = 1 << 30
   const plan = (
     tiny: TinyImage,
-    options: { keepOut?: bigint[]; leaveAlone?: { start: bigint; end: bigint }[]; unchanged?: boolean } = {},
+    options: {
+      keepOut?: bigint[]
+      leaveAlone?: { start: bigint; end: bigint }[]
+      unchanged?: boolean
+      shared?: boolean
+    } = {},
   ) => {
     const set = image(tiny)
     const spaces = set.processes().map(({ pid }) => new AddressSpace(set, pid))
-    const { keepOut = [], leaveAlone = [], unchanged = true } = options
+    const { keepOut = [], leaveAlone = [], unchanged = true, shared = true } = options
     const made = planMemory(set, {
       pageFilePath: '/store/page-file',
-      processes: spaces.map((memory) => ({ memory, runs: memory.runs, keepOut, leaveAlone })),
+      processes: spaces.map((memory) => ({ memory, isShared: shared, runs: memory.runs, keepOut, leaveAlone })),
       isUnchanged: () => unchanged,
     })
     for (const space of spaces) space.close()
@@ -709,7 +725,6 @@ describe('memory', () => {
     ['wiped on fork', { madv: 1n << BigInt(MADV.WIPEONFORK) }],
     ['a stack', { status: REGULAR | ANON_PRIVATE | STACK }],
     ['a shadow stack', { status: REGULAR | ANON_PRIVATE | SHSTK }],
-    ['a guard', { status: REGULAR | ANON_PRIVATE | GUARD }],
     ['shared', { status: REGULAR | ANON_SHARED, flags: MAP.SHARED | MAP.ANONYMOUS, shmid: 7n }],
     ['a shared file', { status: REGULAR | FILE_SHARED, flags: MAP.SHARED, shmid: BigInt(PROGRAM_ID) }],
     ['a file in memory', { status: REGULAR | FILE_PRIVATE | MEMFD, flags: MAP.PRIVATE, shmid: BigInt(PROGRAM_ID) }],
@@ -726,7 +741,49 @@ describe('memory', () => {
     })
     expect(vmas.filter(isConverted)).toEqual([])
     expect(made.copies).toEqual([])
-    expect(made.kept.get(50)).toEqual([{ sourceOffset: 0, length: 32 * 4096 }])
+    // Its pages stay as they are.
+    expect(made.kept.has(50)).toBe(false)
+  })
+
+  it.each([[true], [false]])(
+    "gives each fork a JVM's performance data of its own, memory shared or not (%s)",
+    (shared) => {
+      const file = { status: REGULAR | FILE_SHARED, flags: MAP.SHARED, shmid: 5n, pgoff: PAGE }
+      const { vmas, plan: made } = plan(
+        {
+          processes: [{ pid: 50, vmas: [vma(A, 8, file), vma(A + 8n * PAGE, 1)], pages: [[A + 8n * PAGE, 1, 1]] }],
+          files: [regular(5, '/tmp/hsperfdata_root/50')],
+        },
+        { shared },
+      )
+      expect(vmas.map(isConverted)).toEqual([true, shared])
+      expect([vmas[0]!.flags, vmas[0]!.status]).toEqual([MAP.PRIVATE, REGULAR | FILE_PRIVATE])
+      expect(made.copies[0]).toMatchObject({
+        source: { path: '/tmp/hsperfdata_root/50', offset: 4096 },
+        length: 8 * 4096,
+      })
+    },
+  )
+
+  it('gives two processes that map the same addresses a file entry each', () => {
+    const one = { vmas: [vma(A, 1)], pages: [[A, 1, 1]] as [bigint, number, number][] }
+    const { set } = plan({
+      processes: [
+        { pid: 50, ...one },
+        { pid: 60, ppid: 50, sid: 50, ...one },
+      ],
+    })
+    const ids = [50, 60].map((pid) => set.memory(pid).vmas[0]!.shmid)
+    expect(ids[0]).not.toBe(ids[1])
+    const paths = new Map(set.files().map(({ id, regular }) => [BigInt(id), regular?.name]))
+    expect(ids.map((id) => paths.get(id))).toEqual(['/store/page-file', '/store/page-file'])
+  })
+
+  it('has guard pages where they were, inside of what maps the page file', () => {
+    const guard = vma(A + 2n * PAGE, 1, { status: GUARD, prot: 0, flags: 0 })
+    const { vmas } = plan({ processes: [{ pid: 50, vmas: [vma(A, 4), guard], pages: [[A, 2, 1]] }] })
+    expect(vmas.map(isConverted)).toEqual([true, false])
+    expect(vmas[1]).toEqual(guard)
   })
 
   it('leaves alone a mapping that touches a range which it was told of', () => {
