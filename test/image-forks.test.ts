@@ -110,6 +110,20 @@ for line in sys.stdin:
     expect(readFileSync(log, 'utf8')).toContain('from a child\n')
   })
 
+  it('a log that has grown, for one who reads it', async () => {
+    const log = join(lab.fresh('log'), 'app.log')
+    writeFileSync(log, 'first\n')
+    const template = python(
+      'import sys\nlog = open(sys.argv[1])\nlog.readline()\nprint("ready", flush=True)\nfor _ in sys.stdin: print(log.readline(), end="", flush=True)',
+      log,
+    )
+    await template.talk.untilReady()
+    const { number } = await lab.checkpoint(template, 'cow')
+    appendFileSync(log, 'second\n')
+    const [child] = await forks(number, 1)
+    expect(await child!.talk.ask('read')).toBe('second')
+  })
+
   it('a log that was cut', async () => {
     const log = join(lab.fresh('log'), 'app.log')
     const template = python(WRITER, log, String(0o1 | 0o2000))

@@ -91,6 +91,18 @@ export function mappableFiles(set: ImageSet): Map<number, string> {
   return new Map(files.flatMap(({ id, regular }) => (regular && !replaced.has(id) ? [[id, regular.name]] : [])))
 }
 
+/** The files, by id, whose content is memory of processes: programs and what they map for themselves. */
+export function mappedFiles(set: ImageSet): Set<number> {
+  const mapped = new Set<number>()
+  for (const { pid, dead } of set.processes()) {
+    if (dead) continue
+    const { exeFileId, vmas } = set.memory(pid)
+    mapped.add(exeFileId)
+    for (const { status, shmid } of vmas) if (status & VMA_STATUS.FILE_PRIVATE) mapped.add(Number(shmid))
+  }
+  return mapped
+}
+
 const PAGE_N = BigInt(PAGE)
 
 function checkMappings(pid: number, vmas: readonly VmaEntry[], runs: readonly PageRun[]): void {

@@ -1,4 +1,5 @@
 /** What an image holds, for the store (which files it maps) and for people (`warmfork inspect`). Reads; changes nothing. */
+import { mappedFiles } from './address-space.js'
 import type { ImageSet } from './image-set.js'
 import { FILE_TYPE, type FileTypeName, OPEN, VMA_STATUS } from './schema.js'
 
@@ -12,17 +13,12 @@ export interface NamedFile {
 export function neededFiles(set: ImageSet): NamedFile[] {
   const names = new Map<string, NamedFile['use']>()
   const byId = new Map(set.files().flatMap(({ id, regular }) => (regular ? [[id, regular] as const] : [])))
-  const mapped = new Set<number>()
+  const mapped = mappedFiles(set)
   /** What others see change, or change themselves, is taken as it is then. */
   const shared = new Set<number>()
   for (const { pid, dead } of set.processes()) {
     if (dead) continue
-    const { exeFileId, vmas } = set.memory(pid)
-    mapped.add(exeFileId)
-    for (const { status, shmid } of vmas) {
-      if (status & VMA_STATUS.FILE_PRIVATE) mapped.add(Number(shmid))
-      else if (status & VMA_STATUS.FILE_SHARED) shared.add(Number(shmid))
-    }
+    for (const { status, shmid } of set.memory(pid).vmas) if (status & VMA_STATUS.FILE_SHARED) shared.add(Number(shmid))
   }
   for (const [id, { name, flags }] of byId) {
     if (!name.startsWith('/')) continue

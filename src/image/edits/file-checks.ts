@@ -1,18 +1,20 @@
 /**
  * Files that others use too, which a fork must take as they are. CRIU refuses to restore when an open file's size or mode
- * is not what it was. A log that has grown since would make every fork fail, so files that are open for writing lose that
- * check. Record locks go too: `fork(2)` gives a child none, and a second child could not take them. And what waited in a
+ * is not what it was. A log that has grown since would make every fork fail, of who writes it and of who reads it, so only
+ * files whose content is memory of the fork (programs, libraries) keep that check. Record locks go too: `fork(2)` gives a child none, and a second child could not take them. And what waited in a
  * FIFO is there still, for whoever reads it first: each fork would add it again.
  */
+import { mappedFiles } from '../address-space.js'
 import type { ImageSet } from '../image-set.js'
-import { FileEntry, OPEN, PipeData } from '../schema.js'
+import { FileEntry, PipeData } from '../schema.js'
 
 /** Returns the paths whose checks were dropped. */
 export function dropSizeChecks(set: ImageSet): string[] {
   const paths: string[] = []
   const files = set.files()
-  for (const { regular } of files) {
-    if (!regular || (regular.flags & OPEN.ACCMODE) === 0 || regular.size === undefined) continue
+  const mapped = mappedFiles(set)
+  for (const { id, regular } of files) {
+    if (!regular || mapped.has(id) || regular.size === undefined) continue
     delete regular.size
     delete regular.mode
     paths.push(regular.name)
