@@ -93,6 +93,13 @@ export function processTree(root: number): ProcStat[] {
   return tree
 }
 
+/** The processes that a process descends from, its parent first. */
+export function ancestors(pid: number): number[] {
+  const found: number[] = []
+  for (let parent = stat(pid)?.ppid; parent; parent = stat(parent)?.ppid) found.push(parent)
+  return found
+}
+
 /** All that descend from a process, without a look at the other processes of the machine (`children` files, CONFIG_PROC_CHILDREN). */
 export function descendants(root: number): number[] {
   const found: number[] = []

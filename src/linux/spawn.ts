@@ -26,6 +26,7 @@ const posix = {
 const ACTIONS_BYTES = 80
 const ATTRIBUTES_BYTES = 336
 const SIGSET_BYTES = 128
+const POSIX_SPAWN_SETPGROUP = 0x02
 const POSIX_SPAWN_SETSIGDEF = 0x04
 const POSIX_SPAWN_SETSIGMASK = 0x08
 
@@ -34,7 +35,8 @@ const ALL_SIGNALS = Buffer.alloc(SIGSET_BYTES, 0xff)
 const NO_SIGNALS = Buffer.alloc(SIGSET_BYTES)
 
 /**
- * Starts a program, found by PATH; `fds[i]` becomes its descriptor i, and it gets no others (ours are all close-on-exec).
+ * Starts a program, found by PATH, as the leader of a process group of its own (a Ctrl-C at a terminal is not for it);
+ * `fds[i]` becomes its descriptor i, and it gets no others (ours are all close-on-exec).
  * Returns its process id. Throws a SystemError: ENOENT, EACCES, EAGAIN, EMFILE.
  */
 export function spawnProgram(
@@ -48,7 +50,8 @@ export function spawnProgram(
   posix.actionsInit(actions)
   posix.attributesInit(attributes)
   try {
-    posix.attributesFlags(attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK)
+    const { attributesFlags } = posix
+    attributesFlags(attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK)
     posix.attributesDefault(attributes, ALL_SIGNALS)
     posix.attributesMask(attributes, NO_SIGNALS)
     // A source that is itself the target of another would be overwritten before its turn.

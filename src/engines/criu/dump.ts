@@ -6,7 +6,8 @@ import { errnoOf, WarmforkError } from '../../errors.js'
 import { parseImageFile } from '../../image/image-file.js'
 import { decode } from '../../image/message.js'
 import { dumpArguments } from './args.js'
-import { readLog, summarize } from './log.js'
+import { explain, readLog } from './log.js'
+import { endGroup } from './restorer.js'
 import { DumpStatistics } from './rpc.js'
 
 export interface DumpCall {
@@ -33,7 +34,12 @@ export async function dump(call: DumpCall): Promise<{ frozenMs: number }> {
   const args = dumpArguments({ ...call, logFile: 'dump.log' })
   const [file, ...before] = call.argv
   const started = performance.now()
-  const child = spawn(file!, [...before, ...args], { cwd: '/', env: call.env, stdio: ['ignore', 'ignore', 'pipe'] })
+  const child = spawn(file!, [...before, ...args], {
+    cwd: '/',
+    env: call.env,
+    stdio: ['ignore', 'ignore', 'pipe'],
+    detached: true,
+  })
   if (child.pid !== undefined) call.onStart(child.pid)
   let stderr = ''
   child.stderr.on('data', (chunk: Buffer) => {
@@ -53,7 +59,7 @@ export async function dump(call: DumpCall): Promise<{ frozenMs: number }> {
         resolve(signal ?? (code === 0 ? 0 : `status ${code}`))
       child.once('error', (error) => resolve(error.message))
       child.once('close', done)
-      // A criu that was killed can leave a helper behind that has its stderr open and never ends.
+      // A criu that was killed leaves helpers behind that have its stderr open and never end.
       child.once('exit', (code, signal) => setTimeout(done, LAST_WORDS_MS, code, signal).unref())
     })
     if (exit === 0) return { frozenMs: frozenMs(call.directory) ?? performance.now() - started }
@@ -65,7 +71,7 @@ export async function dump(call: DumpCall): Promise<{ frozenMs: number }> {
       })
     }
     const log = readLog(join(call.directory, 'dump.log')) || stderr
-    const details = { tried, happened: summarize(log, `criu ended with ${exit}`), output: log.slice(-64 * 1024) }
+    const details = { tried, happened: explain(log, exit), output: log.slice(-64 * 1024) }
     throw new WarmforkError(
       /No space left on device|Disk quota exceeded/.test(log) ? 'DISK_FULL' : 'CHECKPOINT_FAILED',
       details,
@@ -73,6 +79,7 @@ export async function dump(call: DumpCall): Promise<{ frozenMs: number }> {
   } finally {
     clearTimeout(timer)
     child.stderr.destroy()
+    if (child.pid !== undefined) endGroup(child.pid)
     call.signal?.removeEventListener('abort', onAbort)
     if (child.pid !== undefined) call.onEnd(child.pid)
   }

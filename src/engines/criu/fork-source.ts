@@ -15,7 +15,7 @@ import { stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import type { ForkedProcess, ForkOptions, ForkSource, StdioFds } from '../engine.js'
 import type { Launcher } from './launcher.js'
-import { isIdCollision, isOutOfProcesses, summarize } from './log.js'
+import { explain, isIdCollision, isOutOfProcesses, summarize } from './log.js'
 import { Relay } from './relay.js'
 import { endRestored, forkError, type RestoreOutcome, Restorer } from './restorer.js'
 
@@ -238,7 +238,7 @@ export class CriuForkSource implements ForkSource {
     try {
       lease = generation.lease(pid, startTicks)
     } catch (error) {
-      await endRestored(pid)
+      await endRestored(pids, startTicks)
       for (const one of pids) launcher.forget(one)
       for (const fd of pipes ?? []) closeSync(fd)
       throw forkError(error)
@@ -270,11 +270,7 @@ interface Started {
 
 /** What two failed restores come to. */
 function failure(tried: string, log: string, exit: string): WarmforkError {
-  const details = {
-    tried,
-    happened: summarize(log, `criu ended with ${exit} and no word`),
-    output: log.slice(-64 * 1024),
-  }
+  const details = { tried, happened: explain(log, exit), output: log.slice(-64 * 1024) }
   if (/No space left on device|Disk quota exceeded/.test(log)) return new WarmforkError('DISK_FULL', details)
   if (/Too many open files/.test(log)) return new WarmforkError('FDS_EXHAUSTED', details)
   return new WarmforkError('RESTORE_FAILED', details)

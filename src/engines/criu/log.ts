@@ -34,9 +34,23 @@ export function summarize(log: string, otherwise: string): string {
   return lines.length > 0 ? `criu says: ${lines.join('; ')}` : otherwise
 }
 
+/** Why criu failed; `exit` is its status or the signal that ended it. */
+export function explain(log: string, exit: string): string {
+  const words = summarize(log, '')
+  // What a criu says that somebody ends is not why.
+  if (exit.startsWith('SIG')) return `criu was ended by ${exit}${words ? ` (${words})` : ''}`
+  return words || `criu ended with ${exit} and without a word`
+}
+
 /** CRIU's words for "this id is taken": clone3 with set_tid gave EEXIST (17), for a process or for a thread. */
 export function isIdCollision(log: string): boolean {
   return /Can't fork for \d+.*File exists|Unable to create a thread: -17\b/.test(log)
+}
+
+/** The process id that was taken, where criu says so of one. */
+export function takenId(log: string): number | undefined {
+  const found = /Can't fork for (\d+).*File exists/.exec(log)
+  return found ? Number(found[1]) : undefined
 }
 
 /** The same for EAGAIN (11). */

@@ -10,12 +10,12 @@ import { errnoOf, WarmforkError } from '../../errors.js'
 import { type DerivedImage, writeDerived } from '../../image/derive.js'
 import { DecodeError, decode } from '../../image/message.js'
 import { pipe, send, sendSignal, seqpacketPair, signalNumber, waitChild } from '../../linux/libc.js'
-import { processTree, stat } from '../../linux/proc.js'
+import { ancestors, processTree, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import { spawnProgram } from '../../linux/spawn.js'
 import type { StdioFds } from '../engine.js'
 import { restoreRequest } from './args.js'
-import { readLog } from './log.js'
+import { readLog, takenId } from './log.js'
 import { Response } from './rpc.js'
 
 export interface RestorerOptions {
@@ -65,6 +65,7 @@ export class Restorer {
   readonly #options: RestorerOptions
   /** Of criu itself. */
   readonly pid: number
+  readonly #startTicks: number
   readonly #exited: Promise<ExitStatus>
   #exit: ExitStatus | undefined
   readonly #keys: { key: string; fd: number }[]
@@ -93,6 +94,7 @@ export class Restorer {
       theirs.push(nowhere)
       const fds = [nowhere, nowhere, words, itsSocket, ...inherited.map(({ fd }) => fd)]
       this.pid = spawnProgram([...options.argv, 'swrk', '3'], options.env, fds)
+      this.#startTicks = stat(this.pid)?.startTicks ?? 0
     } catch (error) {
       for (const fd of ours) closeSync(fd)
       this.#removeDirectory()
@@ -145,10 +147,10 @@ export class Restorer {
       this.#kill()
     }, timeoutMs)
     let answered = false
-    // A criu that died leaves a root that waits for it, with a copy of its end of the socket: no answer and no end would come.
+    // A criu that died leaves processes that wait for it, with copies of its end of the socket: no answer and no end would come.
     void this.#exited.then(async () => {
       await sleep(LAST_ANSWER_MS)
-      if (!answered) await endRestored(derived.rootPid)
+      if (!answered) await this.#endRemains()
     })
     try {
       const request = restoreRequest({
@@ -167,8 +169,7 @@ export class Restorer {
       }
       const { code, signal } = await this.#exited
       const log = readLog(join(directory, 'restore.log')) || readLog(join(directory, WORDS))
-      // With criu gone nobody else ends what a failed restore has left.
-      await endRestored(derived.rootPid)
+      await this.#endRemains(log)
       return { ok: false, log: log || (response?.errorMessage ?? ''), timedOut, exit: signal ?? `status ${code}` }
     } finally {
       clearTimeout(timer)
@@ -206,6 +207,14 @@ export class Restorer {
     }
   }
 
+  /** With criu gone nobody else ends what a failed restore has left: criu's own helpers, and what was restored by then. */
+  async #endRemains(log = ''): Promise<void> {
+    endGroup(this.pid)
+    const { pids, rootPid } = this.#options.derived
+    // Then the id is somebody else's, who may be a child of this process too.
+    if (takenId(log) !== rootPid) await endRestored(pids, this.#startTicks)
+  }
+
   #giveBack(): void {
     closeSync(this.#socket)
     for (const fd of this.#pipes ?? []) closeSync(fd)
@@ -219,19 +228,37 @@ export class Restorer {
   }
 }
 
+/** Ends the helpers that a criu left which was killed: they are in its process group. */
+export function endGroup(criu: number): void {
+  try {
+    process.kill(-criu, 'SIGKILL')
+  } catch {
+    // There is nobody in it any more.
+  }
+}
+
 /**
- * Ends a restored tree that nobody has taken over, whole or not, where it is ours: its root is our child, and its status ours to
- * read. First all stand still, since a root that is being restored makes the others one by one.
+ * Ends a restored tree that nobody has taken over, whole or not. `pids` are its processes, the root first; none of them has started
+ * before `since` (in clock ticks). First all stand still, since a root that is being restored makes the others one by one. The
+ * root is our child, and its status ours to read.
  */
-export async function endRestored(rootPid: number): Promise<void> {
-  if (stat(rootPid)?.ppid !== process.pid) return
-  let tree: number[] = []
-  for (let before = -1; before !== tree.length; ) {
-    before = tree.length
-    tree = processTree(rootPid).map(({ pid }) => pid)
+export async function endRestored(pids: readonly number[], since: number): Promise<void> {
+  const rootPid = pids[0]!
+  // Where the root has died, the others have fallen to init, or to another that we descend from. A stranger with such an id has
+  // other parents.
+  const parents = new Set(ancestors(process.pid)).add(process.pid)
+  const tree = new Set<number>()
+  for (let before = -1; before !== tree.size; ) {
+    before = tree.size
+    for (const pid of pids) {
+      const found = stat(pid)
+      if (!found || found.startTicks < since || !(parents.has(found.ppid) || tree.has(found.ppid))) continue
+      for (const one of processTree(pid)) tree.add(one.pid)
+    }
     for (const pid of tree) sendSignal(pid, signalNumber('SIGSTOP'))
   }
   for (const pid of tree) sendSignal(pid, signalNumber('SIGKILL'))
+  if (!tree.has(rootPid)) return
   const deadline = Date.now() + GONE_TIMEOUT_MS
   for (let seen = waitChild(rootPid).kind; seen !== 'exited' && seen !== 'none'; seen = waitChild(rootPid).kind) {
     if (Date.now() > deadline) return
