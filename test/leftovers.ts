@@ -97,7 +97,7 @@ export function leftovers(place: Place, tokens: readonly string[] = []): Leftove
   }
 }
 
-/** Descriptors of this process: what each leads to. What Node opens for itself on first use is left out. */
+/** Descriptors of this process: what each leads to. What Node opens for itself on first use is left out, and what pidusage keeps for 5 s. */
 export function openDescriptors(): string[] {
   return entries('/proc/self/fd')
     .flatMap((fd) => {
@@ -108,7 +108,8 @@ export function openDescriptors(): string[] {
       }
     })
     .filter(
-      (target) => !/^(anon_inode:\[(eventfd|eventpoll|io_uring)\]|\/dev\/(null|urandom)|\/proc\/\d+\/fd)$/.test(target),
+      (target) =>
+        !/^(anon_inode:\[(eventfd|eventpoll|io_uring)\]|\/dev\/(null|urandom)|\/proc\/\d+\/(fd|stat))$/.test(target),
     )
     .sort()
 }
@@ -127,6 +128,11 @@ export class CleanPlace extends Place {
 
   constructor() {
     super('criu')
+  }
+
+  /** Started in the place, so that each process of it can be told by its working directory. */
+  override options(options: Partial<SupervisorOptions> = {}): SupervisorOptions {
+    return super.options({ cwd: this.directory, ...options })
   }
 
   override start(options: Partial<SupervisorOptions> = {}, start: StartOptions = {}): Promise<Supervisor> {
