@@ -5,12 +5,14 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Criu, findCriu } from '../engines/criu/binary.js'
 import { dump } from '../engines/criu/dump.js'
-import { readLog, summarize } from '../engines/criu/log.js'
+import { isIdCollision, readLog, summarize } from '../engines/criu/log.js'
 import { pipe, sendSignal } from '../linux/libc.js'
 import { isAlive, processTree } from '../linux/proc.js'
 import { preloadEnvironment } from '../shim/shim.js'
 
 const TIMEOUT_MS = 120_000
+const ATTEMPTS = 40
+const RETRY_MS = 100
 
 export class StockRestore {
   readonly #criu: Criu
@@ -73,8 +75,22 @@ export class StockRestore {
     }
   }
 
-  /** Milliseconds from the start of `criu restore` to the copy's first byte. */
+  /**
+   * Milliseconds from the start of `criu restore` to the copy's first byte. Its ids are those of the dump, which others may
+   * have been given since: then it is tried again.
+   */
   async measure(): Promise<number> {
+    for (let attempt = 1; ; attempt++) {
+      try {
+        return await this.#measure()
+      } catch (error) {
+        if (attempt === ATTEMPTS || !isIdCollision((error as Error).message)) throw error
+        await sleep(RETRY_MS)
+      }
+    }
+  }
+
+  async #measure(): Promise<number> {
     const [stdin, stdout, stderr] = [pipe(), pipe(), pipe()]
     const inherited = this.#keys.flatMap((key, index) => ['--inherit-fd', `fd[${index + 3}]:${key}`])
     const [file, ...before] = this.#criu.argv
@@ -85,10 +101,12 @@ export class StockRestore {
       stdio: ['ignore', 'ignore', 'ignore', stdin.read, stdout.write, stderr.write],
       timeout: TIMEOUT_MS,
     })
+    const failure = exitOf(criu, this.directory)
+    failure.catch(() => {})
     try {
       // As early as can be: the copy finds the line waiting.
       writeSync(stdin.write, '1\n')
-      await nextChunk(stdout.read, exitOf(criu, this.directory))
+      await nextChunk(stdout.read, failure)
       return performance.now() - started
     } finally {
       await endTree(this.pid)
