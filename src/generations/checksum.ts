@@ -56,16 +56,16 @@ export async function runsChecksum(path: string, runs: readonly Run[]): Promise<
 
 /**
  * Whether a page file has anything but zeros outside its runs: a mapping that grows comes upon that. Only stretches that
- * the file system says hold data are read.
+ * the file system says hold data are read, which outside the runs are none: so the event loop may wait for it.
  */
-export async function hasStrayData(path: string, runs: readonly Run[]): Promise<boolean> {
+export function hasStrayData(path: string, runs: readonly Run[]): boolean {
   const ascending = [...runs].sort(([a], [b]) => a - b)
-  const handle = await open(path, 'r')
+  const fd = openSync(path, 'r')
   try {
     const piece = Buffer.allocUnsafe(PIECE_BYTES)
     let next = 0
-    for (let at = nextData(handle.fd, 0); at !== undefined; at = nextData(handle.fd, at)) {
-      const end = nextHole(handle.fd, at)
+    for (let at = nextData(fd, 0); at !== undefined; at = nextData(fd, at)) {
+      const end = nextHole(fd, at)
       if (end === undefined) return false
       while (at < end) {
         while (next < ascending.length && ascending[next]![0] + ascending[next]![1] <= at) next++
@@ -74,7 +74,7 @@ export async function hasStrayData(path: string, runs: readonly Run[]): Promise<
           at = Math.min(end, start + length)
           continue
         }
-        const got = await readFully(handle, piece, Math.min(piece.length, end - at, start - at), at)
+        const got = readSync(fd, piece, 0, Math.min(piece.length, end - at, start - at), at)
         if (got === 0) return false
         if (!piece.subarray(0, got).equals(ZEROS.subarray(0, got))) return true
         at += got
@@ -82,7 +82,7 @@ export async function hasStrayData(path: string, runs: readonly Run[]): Promise<
     }
     return false
   } finally {
-    await handle.close()
+    closeSync(fd)
   }
 }
 

@@ -2,7 +2,7 @@
  * One generation that lies in the store: what it holds, whether it is whole, whether it fits, and who needs it. It never
  * changes a file of the generation but its leases, and knows nothing of what the images mean.
  */
-import { type BigIntStats, existsSync, lstatSync } from 'node:fs'
+import { type BigIntStats, existsSync, lstatSync, readFileSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import type { GenerationInfo } from '../engines/engine.js'
@@ -128,7 +128,7 @@ export class Generation {
         throw corrupt(this.number, `its file ${name} has ${bytes} bytes and had ${stored.bytes}`)
       const runs = stored.runs === undefined ? undefined : await this.runs(name)
       const sha256 = runs ? await runsChecksum(path, runs) : (await fileChecksum(path)).sha256
-      if (sha256 !== stored.sha256 || (runs && (await hasStrayData(path, runs)))) {
+      if (sha256 !== stored.sha256 || (runs && hasStrayData(path, runs))) {
         throw corrupt(this.number, `its file ${name} has another content than it was made with`)
       }
     } catch (cause) {
@@ -226,7 +226,9 @@ export class Generation {
 
   #sameContent({ name, path }: Trace): boolean {
     const { runs, sha256 } = this.manifest.files[name]!
-    return checksumNow(path, runs === undefined ? undefined : join(this.directory, runs)) === sha256
+    const runsPath = runs === undefined ? undefined : join(this.directory, runs)
+    if (runsPath !== undefined && hasStrayData(path, decodeRuns(readFileSync(runsPath)))) return false
+    return checksumNow(path, runsPath) === sha256
   }
 
   #missing(what: string): WarmforkError {
