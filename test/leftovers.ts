@@ -15,6 +15,8 @@ export interface Leftovers {
   processes: string[]
   /** Of supervisors, in the runtime directory. */
   directories: string[]
+  /** Of derived images, in /dev/shm. */
+  derived: string[]
   /** Drafts that are not swept, in the store. */
   drafts: string[]
   /** Unix sockets with an address in the place. */
@@ -22,7 +24,7 @@ export interface Leftovers {
   mounts: string[]
 }
 
-export const NOTHING: Leftovers = { processes: [], directories: [], drafts: [], sockets: [], mounts: [] }
+export const NOTHING: Leftovers = { processes: [], directories: [], derived: [], drafts: [], sockets: [], mounts: [] }
 
 function text(path: string): string {
   try {
@@ -73,7 +75,8 @@ export function tokensIn(runtimeDirectory: string): string[] {
   )
 }
 
-export function leftovers(place: Place, tokens: readonly string[] = []): Leftovers {
+/** `supervisors`: the ids of their processes. */
+export function leftovers(place: Place, tokens: readonly string[] = [], supervisors = [process.pid]): Leftovers {
   const { directory, runtimeDirectory, mark } = place
   const store = join(directory, 'store')
   return {
@@ -83,6 +86,7 @@ export function leftovers(place: Place, tokens: readonly string[] = []): Leftove
     directories: entries(runtimeDirectory).flatMap((name) =>
       entries(join(runtimeDirectory, name)).map((run) => `${name}/${run}`),
     ),
+    derived: entries('/dev/shm').filter((name) => supervisors.some((pid) => name.startsWith(`warmfork-${pid}-`))),
     drafts: entries(store).flatMap((name) =>
       entries(join(store, name, 'generations')).filter((generation) => generation.startsWith('.')),
     ),

@@ -2,7 +2,7 @@ import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { Store } from '../src/generations/store.js'
-import { isAlive } from '../src/linux/proc.js'
+import { isAlive, processTree, stat } from '../src/linux/proc.js'
 import type { SupervisorOptions } from '../src/options.js'
 import { eventually, Place, PROGRAMS } from './engines-under-test.js'
 import { type Leftovers, leftovers, NOTHING, processesOf, tokensIn, untilNothingLeft } from './leftovers.js'
@@ -34,7 +34,11 @@ describe('a supervisor that is killed with SIGKILL', () => {
   })
 
   function look(): Leftovers {
-    return leftovers(place, [...tokens])
+    return leftovers(
+      place,
+      [...tokens],
+      supervisors.map(({ pid }) => pid),
+    )
   }
 
   function start(options: Partial<SupervisorOptions> = {}): SupervisorProcess {
@@ -92,12 +96,27 @@ describe('a supervisor that is killed with SIGKILL', () => {
   }
 
   /** Whether some criu has begun: it opens its log with the request. */
-  function isRestoring(): boolean {
-    const root = join(place.runtimeDirectory, 'kill')
-    return tokensIn(place.runtimeDirectory).some((token) => {
-      const forks = join(root, `run-${token}`, 'forks')
-      return existsSync(forks) && readdirSync(forks).some((fork) => existsSync(join(forks, fork, 'restore.log')))
-    })
+  function isRestoring(supervisor: SupervisorProcess): boolean {
+    return forkDirectories(supervisor.pid).some((fork) => existsSync(join(fork, 'restore.log')))
+  }
+
+  /** On a tmpfs, wherever there is one. */
+  function forkDirectories(pid: number): string[] {
+    const runs = tokensIn(place.runtimeDirectory).map((token) =>
+      join(place.runtimeDirectory, 'kill', `run-${token}`, 'forks'),
+    )
+    const shared = list('/dev/shm')
+      .filter((name) => name.startsWith(`warmfork-${pid}-`))
+      .map((name) => join('/dev/shm', name))
+    return [...runs, ...shared].flatMap((path) => list(path).map((name) => join(path, name)))
+  }
+
+  function list(path: string): string[] {
+    try {
+      return readdirSync(path)
+    } catch {
+      return []
+    }
   }
 
   const wait = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms))
@@ -133,12 +152,26 @@ describe('a supervisor that is killed with SIGKILL', () => {
   test('while the first children are restored leaves nothing, at any moment', async () => {
     for (const ms of [0, 1, 2, 4, 6, 8, 11, 15]) {
       const supervisor = start({ command: SMALL_FAMILY, pool: { size: 3 } })
-      await at(isRestoring, supervisor)
+      await at(() => isRestoring(supervisor), supervisor)
       await wait(ms)
       await killed(supervisor)
     }
     await expectNextWorks()
   })
+
+  test('after its guard was killed leaves nothing: there is another', async () => {
+    const supervisor = start({ command: SMALL_FAMILY, pool: { size: 2 } })
+    await supervisor.reached('running')
+    const child = await supervisor.fork()
+    await supervisor.ask(child, 'start')
+    const guards = () => childrenOf(supervisor.pid).filter((pid) => stat(pid)?.comm === 'warmfork-guard')
+    const [first] = guards()
+    process.kill(first!, 'SIGKILL')
+    await eventually(() => guards().length === 1 && guards()[0] !== first, 'another is there')
+    await killed(supervisor)
+  })
+
+  const childrenOf = (pid: number) => processTree(pid).flatMap((one) => (one.ppid === pid ? [one.pid] : []))
 
   test('with a full pool and busy children leaves nothing', async () => {
     const supervisor = start({ command: SMALL_FAMILY, pool: { size: 3 } })

@@ -265,7 +265,7 @@ export class CriuEngine implements Engine {
 function makeForksDirectory({ runtimeDirectory, registry, worker }: CriuEngineOptions): string {
   let directory = join(runtimeDirectory, 'forks')
   if (!isTmpfs(runtimeDirectory) && isTmpfs(SHARED_MEMORY)) {
-    directory = mkdtempSync(join(SHARED_MEMORY, 'warmfork-'))
+    directory = mkdtempSync(join(SHARED_MEMORY, `warmfork-${process.pid}-`))
     registry.removeAtEnd(directory)
   } else {
     rmSync(directory, { recursive: true, force: true })
