@@ -221,6 +221,12 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
       tried,
       happened: `${quoted(this.#command.command)} ended ${how}${last ? `, and wrote last: ${last}` : ' without a word'}`,
       output: this.output,
+      ...(code === 0
+        ? {
+            remedy:
+              'A template has to stay: where the program goes into the background, have it stay in the foreground.',
+          }
+        : {}),
       ...(cause === undefined ? {} : { cause }),
     })
   }
