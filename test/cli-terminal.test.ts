@@ -1,4 +1,4 @@
-/** What a terminal gets: colours, a list that moves, and a child whose streams it is. `script` gives the terminal. */
+/** What a terminal gets: colours, a list that moves, and a child whose streams it is. Python's pty gives the terminal. */
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { afterAll, beforeAll, expect, test } from 'vitest'
@@ -12,6 +12,8 @@ afterAll(() => terminal.leave())
 
 const quoted = (words: readonly string[]) => words.map((word) => `'${word.replaceAll("'", "'\\''")}'`).join(' ')
 
+const ON_A_TERMINAL = 'import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))'
+
 /** Runs the CLI on a terminal of its own; what it shows, and its exit status. */
 async function onTerminal(
   args: readonly string[],
@@ -19,7 +21,9 @@ async function onTerminal(
 ) {
   const env: NodeJS.ProcessEnv = { ...process.env, TERM: 'xterm', ...options.env }
   if (!options.env?.NO_COLOR) delete env.NO_COLOR
-  const script = spawn('script', ['-qec', `stty cols 150 rows 40; exec ${quoted([...CLI, ...args])}`, '/dev/null'], {
+  // (`script` of util-linux 2.38 now and then does not notice that its child has ended.)
+  const command = `stty cols 150 rows 40; exec ${quoted([...CLI, ...args])}`
+  const script = spawn('python3', ['-c', ON_A_TERMINAL, '/bin/sh', '-c', command], {
     env,
     timeout: 40_000,
   })
