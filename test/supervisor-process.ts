@@ -2,6 +2,7 @@
 import { type ChildProcess, spawn } from 'node:child_process'
 import { createInterface } from 'node:readline'
 import { fileURLToPath } from 'node:url'
+import type { ExitStatus } from '../src/linux/reaper.js'
 import type { SupervisorOptions } from '../src/options.js'
 
 const SCRIPT = fileURLToPath(new URL('fixtures/robustness/supervisor.ts', import.meta.url))
@@ -124,6 +125,11 @@ export class SupervisorProcess {
 
   ask(pid: number, text: string): Promise<string> {
     return this.call('ask', pid, text)
+  }
+
+  /** Kills a child. */
+  end(pid: number): Promise<ExitStatus> {
+    return this.call('end', pid)
   }
 
   state(): Promise<RemoteState> {

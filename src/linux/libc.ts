@@ -25,7 +25,12 @@ const c = {
 /** System call numbers of x86-64 (arm64 shares the numbers from 424 on). */
 const SYS = { pidfd_send_signal: 424, pidfd_open: 434, pidfd_getfd: 438 } as const
 
-const ERRNO_NAMES = new Map(Object.entries(constants.errno).map(([name, number]) => [number as number, name]))
+/** Where a number has two names, the first in the alphabet: EAGAIN, not EWOULDBLOCK. */
+const ERRNO_NAMES = new Map(
+  Object.entries(constants.errno)
+    .sort(([a], [b]) => (a < b ? 1 : -1))
+    .map(([name, number]) => [number as number, name]),
+)
 
 export class SystemError extends Error {
   override readonly name = 'SystemError'
@@ -80,6 +85,12 @@ export function seqpacketPair(): [number, number] {
 export function send(fd: number, data: Uint8Array): void {
   const MSG_NOSIGNAL = 0x4000
   check('send', c.send(fd, data, data.length, MSG_NOSIGNAL))
+}
+
+/** Whether a message waits to be read. */
+export function hasMessage(fd: number): boolean {
+  const MSG_PEEK_DONTWAIT = 0x2 | 0x40
+  return Number(c.recv(fd, Buffer.alloc(1), 1, MSG_PEEK_DONTWAIT)) > 0
 }
 
 /** Sets or clears O_NONBLOCK on the open file description. */

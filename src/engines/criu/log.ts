@@ -55,5 +55,5 @@ export function takenId(log: string): number | undefined {
 
 /** The same for EAGAIN (11). */
 export function isOutOfProcesses(log: string): boolean {
-  return /Can't fork for \d+.*Resource temporarily unavailable|Unable to create a thread: -11\b/.test(log)
+  return /\b(?:Can't fork for \d+|fork): Resource temporarily unavailable|Unable to create a thread: -11\b/.test(log)
 }

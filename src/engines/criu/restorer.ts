@@ -5,11 +5,11 @@
  */
 import { closeSync, openSync, read, rmSync } from 'node:fs'
 import { join } from 'node:path'
-import { setTimeout as sleep } from 'node:timers/promises'
+import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises'
 import { errnoOf, WarmforkError } from '../../errors.js'
 import { type DerivedImage, writeDerived } from '../../image/derive.js'
 import { DecodeError, decode } from '../../image/message.js'
-import { pipe, send, sendSignal, seqpacketPair, signalNumber, waitChild } from '../../linux/libc.js'
+import { hasMessage, pipe, send, sendSignal, seqpacketPair, signalNumber, waitChild } from '../../linux/libc.js'
 import { ancestors, processTree, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import { spawnProgram } from '../../linux/spawn.js'
@@ -47,7 +47,7 @@ export type RestoreOutcome =
 /** Where criu's descriptors begin: 0 to 2 are its own, 3 is the socket. */
 const FIRST_INHERITED = 4
 
-/** How long after criu's end its answer may still be on the way to us. */
+/** How long after criu's end its answer may still be on the way from the thread that read it. */
 const LAST_ANSWER_MS = 50
 
 /** A killed process that is in an uninterruptible wait is not waited for longer. */
@@ -148,8 +148,11 @@ export class Restorer {
     }, timeoutMs)
     let answered = false
     // A criu that died leaves processes that wait for it, with copies of its end of the socket: no answer and no end would come.
-    void this.#exited.then(async () => {
+    void this.#exited.then(async ({ code }) => {
+      // The answer may be on the way: in the socket, or read on the thread and not told yet.
+      if (code === 0 || answered || hasMessage(this.#socket)) return
       await sleep(LAST_ANSWER_MS)
+      await nextTurn()
       if (!answered) await this.#endRemains()
     })
     try {
