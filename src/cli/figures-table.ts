@@ -46,5 +46,5 @@ function milliseconds(value: number): string {
 }
 
 function times(ratio: number): string {
-  return ratio >= 10 ? String(Math.round(ratio)) : ratio.toFixed(1)
+  return ratio >= 10 ? String(Math.round(ratio)) : ratio.toFixed(ratio < 1 ? 2 : 1)
 }

@@ -331,7 +331,8 @@ class RestoredProcess implements ForkedProcess {
       })
     }
     this.#running = true
-    for (const pid of this.pids) sendSignal(pid, signalNumber('SIGCONT'))
+    // Children before parents: a shell that waits must not find its child stopped.
+    for (const pid of [...this.pids].reverse()) sendSignal(pid, signalNumber('SIGCONT'))
   }
 
   /** The kernel tells of the root only. */
