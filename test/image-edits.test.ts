@@ -544,6 +544,61 @@ describe('listeners', () => {
   })
 })
 
+describe('Unix listeners', () => {
+  const socket = (id: number, more: object) => ({
+    type: FILE_TYPE.UNIXSK,
+    id,
+    unix: {
+      id,
+      ino: 5000 + id,
+      type: 1,
+      state: 10,
+      flags: 0o4000,
+      uflags: 0,
+      backlog: 128,
+      peer: 0,
+      owner: owner(50),
+      name: Buffer.from('/run/app.sock\0'),
+      ...more,
+    },
+  })
+  const edited = (...more: object[]) => {
+    const files = more.map((one, i) => socket(i + 1, one))
+    const set = image({ processes: [{ pid: 50, fds: files.map(({ id, type }) => ({ id, type })) }], files })
+    return { set, listeners: inheritListeners(set) }
+  }
+
+  it('are handed in by an invented name, as those of TCP', () => {
+    const { set, listeners } = edited({})
+    expect(listeners).toMatchObject([
+      { key: 'warmfork/listener/1', inode: 5001, family: 1, type: 1, port: 0, backlog: 128, path: '/run/app.sock' },
+    ])
+    expect(set.files()[0]).toMatchObject({ type: FILE_TYPE.REG, regular: { name: '/warmfork/listener/1' } })
+    expect(set.descriptors()[0]!.entry.type).toBe(FILE_TYPE.REG)
+  })
+
+  it('have a path that is absolute, and none where there is none', () => {
+    const { listeners } = edited(
+      { name: Buffer.from('app.sock\0'), nameDirectory: '/srv/run' },
+      { name: Buffer.from('\0abstract') },
+      { deleted: true },
+    )
+    expect(listeners.map(({ path }) => path)).toEqual(['/srv/run/app.sock', undefined, undefined])
+    expect(Buffer.from(listeners[1]!.address).toString()).toBe('\0abstract')
+  })
+
+  it('are not connections, nor datagram sockets without a name or with a peer', () => {
+    const datagram = { type: 2, state: 7 }
+    const { listeners } = edited(
+      { state: 1, peer: 7 },
+      { ...datagram, name: Buffer.alloc(0) },
+      { ...datagram, peer: 7 },
+      datagram,
+    )
+    expect(listeners.map(({ inode }) => inode)).toEqual([5004])
+  })
+})
+
 it('takes replaced files from where they were kept', () => {
   const set = image({
     processes: [{ pid: 50 }],

@@ -113,7 +113,9 @@ export function openDescriptors(): string[] {
     })
     .filter(
       (target) =>
-        !/^(anon_inode:\[(eventfd|eventpoll|io_uring)\]|\/dev\/(null|urandom)|\/proc\/\d+\/(fd|stat))$/.test(target),
+        !/^(anon_inode:(inotify|\[(eventfd|eventpoll|io_uring)\])|\/dev\/(null|urandom)|\/proc\/\d+\/(fd|stat))$/.test(
+          target,
+        ),
     )
     .sort()
 }

@@ -219,7 +219,12 @@ export const UnixSocket = message({
   peer: required(8, 'uint32'),
   owner: required(9, FileOwner),
   name: required(11, 'bytes'),
+  /** Where a relative name begins. */
+  nameDirectory: optional(14, 'string'),
+  /** Its path was removed. */
+  deleted: optional(15, 'bool'),
 })
+export type UnixSocket = MessageOf<typeof UnixSocket>
 
 /** A FIFO; `fileId` is the regular file's entry that has its path. */
 const FifoFile = message({ id: required(1, 'uint32'), pipeId: required(2, 'uint32'), fileId: optional(3, 'uint32') })

@@ -35,6 +35,8 @@ import { CriuForkSource } from './fork-source.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
 import { chooseMemory } from './memory-choice.js'
 import { hasFileCapabilities, requireRights } from './rights.js'
+import { remakePaths, type SharedPath, sharedPaths } from './shared-paths.js'
+import { SocketPath } from './socket-path.js'
 
 export interface CriuEngineOptions {
   /** Of the supervisor: its part of the store. */
@@ -59,6 +61,7 @@ export interface CriuEngineOptions {
 interface EngineData {
   stdio: { stream: 0 | 1 | 2; key: string }[]
   listeners: (Omit<Listener, 'address'> & { address: number[] })[]
+  paths: SharedPath[]
 }
 
 /** Restorers kept started ahead: one for the next fork, one while that is being replaced. */
@@ -77,6 +80,7 @@ export class CriuEngine implements Engine {
   readonly #forks: string
   /** Our copies of the sockets that children share with the process that a generation was taken of. */
   readonly #sockets = new Map<number, Map<number, number>>()
+  readonly #socketPaths: SocketPath[] = []
   readonly #sources = new Set<CriuForkSource>()
   /** Generations that were made here and are held until they are opened. */
   readonly #unopened = new Map<number, Generation>()
@@ -119,6 +123,7 @@ export class CriuEngine implements Engine {
       declaredEnv,
     })
     const sockets = new Map<number, number>()
+    const lost: string[] = []
     let kept = false
     try {
       const generation = await this.store.create({ parent: null, surroundings }, async (draft) => {
@@ -130,9 +135,16 @@ export class CriuEngine implements Engine {
           image: draft.imageDirectory,
           pageFile: { write: join(draft.directory, PAGE_FILE), map: join(draft.finalDirectory, PAGE_FILE) },
         })
-        for (const { inode } of filled.listeners) sockets.set(inode, takeSocket(filled.pids, inode))
+        for (const { inode, path } of filled.listeners) {
+          sockets.set(inode, takeSocket(filled.pids, inode))
+          if (path !== undefined && !this.#keepSocketPath(path)) lost.push(path)
+        }
         await draft.keepFiles(filled.files)
-        return filled.filled
+        const warnings = lost.map(
+          (path) =>
+            `No link can be made beside ${path}: a child that removes it when it ends takes it from its siblings.`,
+        )
+        return { ...filled.filled, warnings: [...filled.filled.warnings, ...warnings] }
       })
       this.#sockets.set(generation.number, sockets)
       this.#unopened.set(generation.number, generation)
@@ -183,6 +195,8 @@ export class CriuEngine implements Engine {
     const data: EngineData = {
       stdio: stdioPipes(set, source.stdioInodes),
       listeners: prepared.listeners.map((listener) => ({ ...listener, address: [...listener.address] })),
+      // Made again by us, in directories that are another user's: that could be led astray.
+      paths: this.#launcher.hasOtherWorker ? [] : sharedPaths(set),
     }
     const filled: Filled = {
       memory: memory.mode,
@@ -193,7 +207,11 @@ export class CriuEngine implements Engine {
         .processes()
         .map(({ pid, threads }) => ({ pid, threads: threads.length, comm: set.core(pid).task?.comm ?? '' })),
       edits: { ...prepared.edits, copiedBytes: prepared.copiedBytes },
-      engineData: { stdio: data.stdio, listeners: data.listeners.map((listener) => ({ ...listener })) },
+      engineData: {
+        stdio: data.stdio,
+        listeners: data.listeners.map((listener) => ({ ...listener })),
+        paths: data.paths.map((path) => ({ ...path })),
+      },
       checkpointMs: frozenMs,
       prepareMs: Math.round(performance.now() - before),
     }
@@ -208,11 +226,14 @@ export class CriuEngine implements Engine {
 
   async open(number: number): Promise<ForkSource> {
     const generation = await this.store.get(number)
+    const { paths } = generation.manifest.engineData as unknown as EngineData
+    this.#remakePaths(paths)
     this.#checkFit(generation)
     const source = new CriuForkSource({
       launcher: this.#launcher,
       generation,
       ...this.#streamsAndListeners(generation),
+      remakePaths: () => this.#remakePaths(paths),
       deathSignal: this.#options.deathSignal,
       directory: this.#forks,
       timeoutMs: this.#options.forkTimeoutMs,
@@ -231,6 +252,20 @@ export class CriuEngine implements Engine {
     generation.checkFit({ ...now, declaredEnv })
   }
 
+  #keepSocketPath(path: string): boolean {
+    if (this.#socketPaths.some((one) => one.path === path)) return true
+    const kept = SocketPath.keep(path)
+    if (!kept) return false
+    this.#options.registry.removeAtEnd(kept.kept, 'file')
+    this.#socketPaths.push(kept)
+    return true
+  }
+
+  #remakePaths(paths: readonly SharedPath[]): void {
+    for (const path of this.#socketPaths) path.remake()
+    remakePaths(paths)
+  }
+
   #streamsAndListeners(generation: Generation) {
     const { stdio, listeners } = generation.manifest.engineData as unknown as EngineData
     const sockets = this.#sockets.get(generation.number)
@@ -241,7 +276,7 @@ export class CriuEngine implements Engine {
         if (descriptor === undefined) {
           throw new WarmforkError('GENERATION_MISFIT', {
             tried: `open generation ${generation.number}`,
-            happened: `its children share a listening socket (port ${listener.port}) that belonged to an earlier supervisor`,
+            happened: `its children share a socket (${addressOf(listener)}) that belonged to an earlier supervisor`,
           })
         }
         return { ...listener, address: Uint8Array.from(listener.address), descriptor }
@@ -251,6 +286,7 @@ export class CriuEngine implements Engine {
 
   async close(): Promise<void> {
     for (const source of this.#sources) await source.close()
+    for (const path of this.#socketPaths) path.close()
     for (const sockets of this.#sockets.values()) for (const fd of sockets.values()) closeSync(fd)
     this.#sockets.clear()
     rmSync(this.#forks, { recursive: true, force: true })
@@ -283,6 +319,11 @@ function isTmpfs(path: string): boolean {
   } catch {
     return false
   }
+}
+
+function addressOf({ path, port, address }: EngineData['listeners'][number]): string {
+  if (port !== 0) return `port ${port}`
+  return path ?? `@${Buffer.from(address.slice(1)).toString('utf8')}`
 }
 
 /** A copy of a socket of the tree. The process that owns it has it open on some descriptor. */

@@ -26,6 +26,8 @@ export interface SourceOptions {
   stdio: readonly { stream: 0 | 1 | 2; key: string }[]
   /** With the descriptor that children take each from. */
   listeners: readonly (Listener & { descriptor: number })[]
+  /** Makes what an earlier child has removed again. */
+  remakePaths: () => void
   deathSignal: boolean
   /** Where derived directories are made. */
   directory: string
@@ -99,6 +101,7 @@ export class CriuForkSource implements ForkSource {
     for (let attempt = 1; ; attempt++) {
       signal?.throwIfAborted()
       if (this.#closed) throw new WarmforkError('STOPPED', { tried, happened: 'the generation is not in use any more' })
+      this.#options.remakePaths()
       this.#checkFiles()
       const taken = this.#take(relay?.fds)
       const outcome = await this.#restore(taken, this.#options.timeoutMs)

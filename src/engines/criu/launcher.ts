@@ -18,8 +18,8 @@ export interface ProcessRegistry {
   /** The id may soon be that of a process of ours, which is half restored then; `track` or `forget` takes it back. */
   expect(pid: number, startTicks: number): void
   forget(pid: number): void
-  /** The directory goes with the supervisor. */
-  removeAtEnd(path: string): void
+  /** The directory with all in it, or the file, goes with the supervisor. */
+  removeAtEnd(path: string, kind?: 'directory' | 'file'): void
 }
 
 export interface Worker {
@@ -84,6 +84,11 @@ export class Launcher {
 
   forget(pid: number): void {
     this.#registry.forget(pid)
+  }
+
+  /** Whether children run as another user than we. */
+  get hasOtherWorker(): boolean {
+    return this.#other !== undefined
   }
 
   /** Makes a descriptor of ours (a pipe's end, which criu opens again by its name) the worker's. */

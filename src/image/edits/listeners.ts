@@ -1,36 +1,44 @@
 /**
- * Listeners: CRIU would bind a listening socket's port again for every copy, and look at no inherited descriptor for
- * internet sockets. Turned into an entry for a regular file of an invented name, the socket is taken from a descriptor
- * that the supervisor hands in (`--inherit-fd fd[N]:NAME`), and no file of that name is ever opened.
- * Bound UDP sockets are the same case.
+ * Listeners: CRIU would bind a listening socket's address again for every copy, and look at no inherited descriptor for
+ * internet sockets; of a Unix socket it would remove the path first, so that the newest copy alone were reached. Turned into
+ * an entry for a regular file of an invented name, the socket is taken from a descriptor that the supervisor hands in
+ * (`--inherit-fd fd[N]:NAME`), and no file of that name is ever opened. Sockets for datagrams that are bound and have no
+ * peer are the same case.
  */
+import { resolve } from 'node:path'
 import type { ImageSet } from '../image-set.js'
-import { FdinfoEntry, FILE_TYPE, FileEntry, type InetSocket, TCP_LISTEN } from '../schema.js'
+import {
+  FdinfoEntry,
+  FILE_TYPE,
+  FileEntry,
+  type InetSocket,
+  type RegularFile,
+  TCP_LISTEN,
+  type UnixSocket,
+} from '../schema.js'
 
 export interface Listener {
   /** CRIU's key for `--inherit-fd`: the invented path without its leading slash. */
   key: string
   /** Inode of the template's socket. */
   inode: number
-  /** AF_INET (2) or AF_INET6 (10). */
+  /** AF_UNIX (1), AF_INET (2) or AF_INET6 (10). */
   family: number
-  /** SOCK_STREAM (1) or SOCK_DGRAM (2). */
+  /** SOCK_STREAM (1), SOCK_DGRAM (2) or SOCK_SEQPACKET (5). */
   type: number
+  /** 0 for a Unix socket. */
   port: number
-  /** The address as the kernel has it, 4 or 16 bytes. */
+  /** The address as the kernel has it: 4 or 16 bytes, or the name of a Unix socket, with a zero first where it is no path. */
   address: Uint8Array
   backlog: number
   v6only: boolean
+  /** Of a Unix socket that has one, absolute. */
+  path?: string
 }
 
+const AF_UNIX = 1
 const SOCK_DGRAM = 2
 const O_RDWR = 2
-
-/** Whether a socket belongs to nobody but its port: it listens, or it is bound and has no peer. */
-function isShared(socket: InetSocket): boolean {
-  if (socket.state === TCP_LISTEN) return true
-  return socket.type === SOCK_DGRAM && socket.sourcePort !== 0 && socket.destinationPort === 0
-}
 
 /** Edits files and fdinfo images; returns what the supervisor has to hand in at each restore. */
 export function inheritListeners(set: ImageSet): Listener[] {
@@ -39,25 +47,15 @@ export function inheritListeners(set: ImageSet): Listener[] {
   const files = set.files()
   const mountId = files.find(({ regular }) => regular)?.regular?.mountId
   const edited = files.map((file) => {
-    const socket = file.inet
-    if (!socket || !isShared(socket)) return file
     const name = `/warmfork/listener/${file.id}`
-    listeners.push({
-      key: name.slice(1),
-      inode: socket.ino,
-      family: socket.family,
-      type: socket.type,
-      port: socket.sourcePort,
-      address: new Uint8Array(Uint32Array.from(socket.sourceAddress).buffer),
-      backlog: socket.backlog,
-      v6only: socket.v6only === true,
-    })
+    const listener = inetListener(name.slice(1), file.inet) ?? unixListener(name.slice(1), file.unix)
+    if (!listener) return file
+    listeners.push(listener)
     ids.add(file.id)
-    const { owner } = socket
-    const flags = O_RDWR | socket.flags
-    const regular = {
+    const { owner, flags } = (file.inet ?? file.unix)!
+    const regular: RegularFile = {
       id: file.id,
-      flags,
+      flags: O_RDWR | flags,
       pos: 0n,
       owner,
       name,
@@ -77,4 +75,30 @@ export function inheritListeners(set: ImageSet): Listener[] {
     )
   }
   return listeners
+}
+
+/** Undefined for a socket that belongs to a connection, or to nothing yet. */
+function inetListener(key: string, socket: InetSocket | undefined): Listener | undefined {
+  if (!socket) return undefined
+  const { ino: inode, family, type, state, sourcePort: port, destinationPort, backlog } = socket
+  const isBound = type === SOCK_DGRAM && port !== 0 && destinationPort === 0
+  if (state !== TCP_LISTEN && !isBound) return undefined
+  const address = new Uint8Array(Uint32Array.from(socket.sourceAddress).buffer)
+  return { key, inode, family, type, port, address, backlog, v6only: socket.v6only === true }
+}
+
+function unixListener(key: string, socket: UnixSocket | undefined): Listener | undefined {
+  if (!socket) return undefined
+  const { ino: inode, type, state, backlog, name: address, peer } = socket
+  const isBound = type === SOCK_DGRAM && address.length > 0 && peer === 0
+  if (state !== TCP_LISTEN && !isBound) return undefined
+  const path = pathOf(socket)
+  return { key, inode, family: AF_UNIX, type, port: 0, address, backlog, v6only: false, ...(path ? { path } : {}) }
+}
+
+function pathOf({ name, nameDirectory, deleted }: UnixSocket): string | undefined {
+  if (deleted || name.length === 0 || name[0] === 0) return undefined
+  const end = name.indexOf(0)
+  const path = Buffer.from(end < 0 ? name : name.subarray(0, end)).toString('utf8')
+  return resolve('/', nameDirectory ?? '', path)
 }
