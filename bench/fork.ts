@@ -41,5 +41,6 @@ async function jrubyProgram(): Promise<Program> {
   return {
     command: [jruby(), '-e', script],
     cold: [jruby(), '-e', "puts 'hello'"],
+    settleMs: 3_000,
   }
 }

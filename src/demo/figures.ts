@@ -20,6 +20,11 @@ export interface Program {
   env?: Record<string, string>
   /** A program whose first line of output ends a cold start, where that is another than `command`. */
   cold?: [string, ...string[]]
+  /**
+   * How long the template is left alone between its readiness and the checkpoint, in milliseconds: compilers that are at work
+   * then go on in every child. @default 0
+   */
+  settleMs?: number
 }
 
 export interface FiguresOptions {
@@ -85,6 +90,7 @@ export async function measureFigures(options: FiguresOptions): Promise<Figures> 
       engine: 'criu',
       store: join(root, 'store'),
       ready: { output: /^ready$/m },
+      warmup: () => sleep(program.settleMs ?? 0),
       pool: { size: 0 },
       template: { afterCheckpoint: 'end' },
     })
