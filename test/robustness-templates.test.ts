@@ -144,6 +144,33 @@ describe('a template that', () => {
     }
   })
 
+  test('was given hard arguments has forks with the same command line, byte for byte', async () => {
+    const hard = [
+      'two words',
+      '\'"`$HOME\\',
+      'two\nlines',
+      '',
+      'grüße, 世界 \u{1F600}',
+      '-e',
+      '*',
+      '\t',
+      '\u0001',
+      'x'.repeat(20_000),
+    ]
+    const script =
+      'import sys; print("ready", flush=True); sys.stdin.readline(); print(repr([a.encode() for a in sys.argv[1:]]), flush=True)'
+    const command = ['python3', '-c', script, ...hard] as const
+    const supervisor = await place.current.start({ command, pool: { size: 1 } })
+    const child = await supervisor.fork()
+    const line = readFileSync(`/proc/${child.pid}/cmdline`)
+    expect(line.equals(readFileSync(`/proc/${supervisor.template!.pid}/cmdline`))).toBe(true)
+    expect(line.includes(Buffer.from(`${hard.join('\0')}\0`))).toBe(true)
+    const said = await ask(child, '')
+    expect(said).toContain("b'two words'")
+    expect(said).toContain(String.raw`b'two\nlines', b''`)
+    expect(said).toContain(String.raw`gr\xc3\xbc\xc3\x9fe, \xe4\xb8\x96\xe7\x95\x8c \xf0\x9f\x98\x80`)
+  })
+
   test('ends by itself right after the checkpoint leaves a supervisor that forks', async () => {
     const supervisor = await place.current.start({
       command: sh('echo ready; read line; echo "$line"'),
