@@ -64,11 +64,11 @@ function mirror() {
     { encoding: 'utf8', timeout: 30_000 },
   )
   const found = targets.split('\n').map((line) => line.split(' '))
-  return (
-    found.find(
-      ([uri, codename, component]) => codename === SUITE && component === 'main' && !/security/.test(uri ?? ''),
-    )?.[0] ?? 'http://deb.debian.org/debian'
+  const main = found.find(
+    ([uri, codename, component]) => codename === SUITE && component === 'main' && !/security/.test(uri ?? ''),
   )
+  if (!main) throw new Error(`apt of this machine has no mirror of ${SUITE}`)
+  return main[0]!
 }
 
 function makeBase() {

@@ -69,9 +69,6 @@ const DEBIAN_KEYRINGS = [
   '/usr/share/keyrings/debian-archive-keyring.pgp',
 ]
 
-/** The mirror where apt's configuration names none of Debian's: the address that Debian itself gives for all the world. */
-const DEFAULT_MIRROR = 'http://deb.debian.org/debian'
-
 /**
  * Installs a criu that suits the kernel into the private prefix, unless one is there, and returns it. Atomic: a version is
  * there entirely or not at all. Two installations at once take turns, and the second finds the work done.
@@ -211,16 +208,9 @@ async function chooseSuite(
     keyring: signedBy.join(',') || keyrings[0],
   }))
   if (mirrors.length === 0) {
-    if (keyrings.length === 0) {
-      throw failure(
-        "find Debian's archive",
-        'apt is not configured with a mirror of Debian and its keyring is not there',
-        {
-          remedy: installHint(readOsRelease()),
-        },
-      )
-    }
-    mirrors.push({ uri: DEFAULT_MIRROR, keyring: keyrings[0] })
+    throw failure("find Debian's archive", 'apt is not configured with a mirror of Debian', {
+      remedy: installHint(readOsRelease()),
+    })
   }
   const tried: string[] = []
   let last: unknown
