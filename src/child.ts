@@ -12,7 +12,7 @@ import type { ForkedProcess } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
 import { descendants, isEnding, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
-import { OutputPipe, takeFromPipe } from './output-pipe.js'
+import { OutputPipe, PIPE_BYTES, takeFromPipe } from './output-pipe.js'
 
 /** A parked child has not run yet, a running one is the user's, an ended one has an exit status. */
 export type ChildState = 'parked' | 'running' | 'ended'
@@ -56,6 +56,10 @@ export interface ChildEvents {
  */
 const CPU_MEMORY_MS = 5_000
 
+/** How soon, and how seldom in the end, pipes of an ended child are looked at that others have open. */
+const FIRST_LOOK_MS = 50
+const LAST_LOOK_MS = 60_000
+
 /**
  * One fork. Its stdout and stderr are pipes: what nobody reads stays in them, and a program that writes more than 64 KiB waits
  * until somebody reads. Read them, call `resume()` on the stream, or fork with descriptors of your own.
@@ -86,6 +90,7 @@ export class Child extends EventEmitter<ChildEvents> {
   #stderr: Readable | undefined
   readonly #lines: { chunks: Buffer[]; ended: boolean; iterator?: AsyncIterator<Buffer> } = { chunks: [], ended: false }
   readonly #hasPipes: boolean
+  #look: NodeJS.Timeout | undefined
 
   /** @internal */
   constructor(process_: ForkedProcess, options: { stopTimeoutMs: number }) {
@@ -265,6 +270,9 @@ export class Child extends EventEmitter<ChildEvents> {
     this.emit('running')
   }
 
+  /** Called once the descriptors are closed that nobody has asked for. @internal */
+  onReleased?: () => void
+
   /** Whether it has descriptors open that nobody asked for. @internal */
   get holdsDescriptors(): boolean {
     return this.#fds.some((fd) => fd !== undefined)
@@ -277,6 +285,7 @@ export class Child extends EventEmitter<ChildEvents> {
 
   /** Closes what is left of its streams. @internal */
   close(): void {
+    clearTimeout(this.#look)
     this.#fds.forEach((fd, i) => {
       if (fd !== undefined) closeSync(fd)
       this.#fds[i] = undefined
@@ -322,11 +331,27 @@ export class Child extends EventEmitter<ChildEvents> {
     if (this.#fds[0] !== undefined) closeSync(this.#fds[0])
     this.#fds[0] = undefined
     this.#stdin?.destroy()
-    this.#readLeft(1)
-    this.#readLeft(2)
-    for (const stream of [this.#stdout, this.#stderr]) if (stream instanceof OutputPipe) stream.childEnded()
+    this.#takeOver()
     this.emit('exit', status)
     return status
+  }
+
+  /**
+   * Takes over what is left in its pipes and closes them. Others can have them open yet: the criu that has restored it, for a
+   * moment, or what the child has started, for ever. So it looks again, more and more seldom.
+   */
+  #takeOver(againMs = FIRST_LOOK_MS): void {
+    this.#look = undefined
+    this.#readLeft(1)
+    this.#readLeft(2)
+    let isOver = true
+    for (const stream of [this.#stdout, this.#stderr]) {
+      if (stream instanceof OutputPipe && !stream.childEnded()) isOver = false
+    }
+    if (!this.holdsDescriptors) this.onReleased?.()
+    else isOver = false
+    if (isOver) return
+    this.#look = setTimeout(() => this.#takeOver(Math.min(2 * againMs, LAST_LOOK_MS)), againMs).unref()
   }
 
   /**
@@ -335,7 +360,8 @@ export class Child extends EventEmitter<ChildEvents> {
    */
   #readLeft(which: 1 | 2): void {
     const fd = this.#fds[which]
-    if (fd === undefined) return
+    // What somebody goes on to write waits in the pipe until it is read.
+    if (fd === undefined || this.#left[which].reduce((sum, { length }) => sum + length, 0) >= PIPE_BYTES) return
     const { chunks, ended } = takeFromPipe(fd)
     this.#left[which].push(...chunks)
     if (!ended) return

@@ -8,7 +8,7 @@ import { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 
 /** No pipe holds more without privilege (`pipe-max-size`); the default is 64 KiB. */
-const PIPE_BYTES = 1024 * 1024
+export const PIPE_BYTES = 1024 * 1024
 const CHUNK_BYTES = 64 * 1024
 
 /**
@@ -64,16 +64,22 @@ export class OutputPipe extends Readable {
     done(error)
   }
 
-  /** The child has ended. Others can hold the other end yet, which is no reason to keep the program alive. */
-  childEnded(): void {
+  /**
+   * The child has ended. Others can hold the other end yet, which is no reason to keep the program alive.
+   * @returns false where they do: then it is to be called again
+   */
+  childEnded(): boolean {
     // A socket that has come to the end by itself has closed the descriptor, which can be another's by now.
-    if (this.#over || this.#socket.destroyed) return
+    if (this.#over || this.#socket.destroyed) return true
     // What the socket has read already comes first; `read` hands it to the listener above.
     while (this.#socket.read() !== null);
+    // What somebody goes on to write waits in the pipe until it is read.
+    if (this.readableLength >= PIPE_BYTES) return false
     const { chunks, ended } = takeFromPipe(this.#fd)
     for (const chunk of chunks) this.push(chunk)
     if (ended) this.#finish()
     else this.unref()
+    return ended
   }
 
   unref(): void {

@@ -554,7 +554,10 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   #ended(child: Child, status: ExitStatus): void {
     this.#children.delete(child)
-    if (child.holdsDescriptors) this.#holding.add(child)
+    if (child.holdsDescriptors) {
+      this.#holding.add(child)
+      child.onReleased = () => this.#holding.delete(child)
+    }
     this.#log.info(`child pid=${child.pid} gen=${child.generation} exited ${statusWords(status)}`)
     if (this.#state === 'running') {
       const ranMs = Date.now() - (child.forkedAt?.getTime() ?? 0)
