@@ -185,6 +185,31 @@ describe('a supervisor that is killed with SIGKILL', () => {
     await expectNextWorks()
   })
 
+  test('while it stops leaves nothing', async () => {
+    const deaf = "trap '' TERM; echo ready; while :; do sleep 0.05; done"
+    const supervisor = start({
+      command: ['/bin/sh', '-c', deaf],
+      template: { stopTimeoutMs: 20_000 },
+      pool: { size: 2 },
+    })
+    await supervisor.reached('running')
+    await supervisor.fork()
+    supervisor.call('stop', 20_000).catch(() => {})
+    await wait(300)
+    await killed(supervisor)
+  })
+
+  // What a supervisor does at other signals is its embedder's matter; where that does nothing, Node ends.
+  test.each(['SIGTERM', 'SIGINT', 'SIGHUP'] as const)('by %s instead leaves nothing either', async (signal) => {
+    const supervisor = start({ command: SMALL_FAMILY, pool: { size: 2 } })
+    await supervisor.reached('running')
+    await supervisor.fork()
+    noteTokens()
+    supervisor.process.kill(signal)
+    await supervisor.exited
+    expect(await untilNothingLeft(look)).toEqual(NOTHING)
+  })
+
   test('in the middle of many forks leaves nothing', async () => {
     for (const ms of [20, 45, 70, 110]) {
       const supervisor = start({ command: SMALL_FAMILY, pool: { size: 2 } })

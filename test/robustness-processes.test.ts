@@ -1,13 +1,14 @@
-import { readdirSync, readFileSync, readlinkSync } from 'node:fs'
+import { readdirSync, readFileSync, readlinkSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
 import type { Child } from '../src/child.js'
+import { findCriu } from '../src/engines/criu/binary.js'
 import type { WarmforkError } from '../src/errors.js'
 import { descendants, isAlive, stat } from '../src/linux/proc.js'
 import type { SupervisorOptions } from '../src/options.js'
 import { Supervisor } from '../src/supervisor.js'
 import { ask, eventually, PROGRAMS } from './engines-under-test.js'
-import { useCleanPlace } from './leftovers.js'
+import { openDescriptors, useCleanPlace } from './leftovers.js'
 
 /** With children of its own, so that a restore has several steps. */
 const FAMILY: SupervisorOptions['command'] = [process.execPath, join(PROGRAMS, 'family.mjs'), '1']
@@ -114,7 +115,7 @@ describe('processes that are killed under a supervisor', () => {
     let killing = true
     const killer = (async () => {
       while (killing) {
-        for (const pid of restoring()) kill(pid)
+        for (const pid of [...restoring(), ...mine(CRIU)]) kill(pid)
         await new Promise(setImmediate)
       }
     })()
@@ -140,6 +141,27 @@ describe('processes that are killed under a supervisor', () => {
     const { error } = await fork
     expect(error).toMatchObject({ code: 'TIMEOUT', message: expect.stringContaining('forkTimeoutMs') })
     await expectForks(supervisor)
+  })
+
+  test('criu that is removed while it is in use: forks say so, and work again once it is back', async () => {
+    const criu = join(place.current.directory, 'criu')
+    const here = findCriu()
+      .argv.map((part) => `'${part}'`)
+      .join(' ')
+    const install = () => writeFileSync(criu, `#!/bin/sh\nexec ${here} "$@"\n`, { mode: 0o755 })
+    install()
+    process.env.WARMFORK_CRIU = criu
+    try {
+      const supervisor = await place.current.start({ command: FAMILY, pool: { size: 0 } })
+      rmSync(criu)
+      const codes: (string | undefined)[] = []
+      for (let i = 0; i < 4; i++) codes.push((await settled(supervisor.fork())).error?.code)
+      expect(codes.at(-1)).toBe('CRIU_MISSING')
+      install()
+      await expectForks(supervisor)
+    } finally {
+      delete process.env.WARMFORK_CRIU
+    }
   })
 
   test('the guard: another takes its place, and the stop leaves nothing', async () => {
@@ -176,6 +198,25 @@ describe('processes that are killed under a supervisor', () => {
     // Whoever has cleared its environment and leads a session of its own is known by its parents only, and they are gone.
     expect(relatives.map((pid) => isAlive(pid))).toEqual([false, false, true])
     kill(relatives[2]!)
+  })
+
+  test('a child whose pipes its own child holds for a while costs no descriptor in the end', async () => {
+    const supervisor = await place.current.start({
+      command: ['sh', '-c', 'echo ready; read go; sleep 0.4 & echo done'],
+    })
+    const pipes = () => openDescriptors().filter((target) => target.startsWith('pipe:')).length
+    await wait(200)
+    const before = pipes()
+    for (let i = 0; i < 5; i++) {
+      const child = await supervisor.fork()
+      // Of every other one a line is read, of the others nothing.
+      if (i % 2) expect(await ask(child, 'go')).toBe('done')
+      else child.stdin.end('go\n')
+      await child.exit
+    }
+    await wait(200)
+    expect(pipes()).toBeGreaterThanOrEqual(before + 8)
+    await eventually(() => pipes() <= before, 'the pipes are closed')
   })
 
   test('a parked one of a tree that somebody continues in part: it is not given to anybody', async () => {
