@@ -166,6 +166,8 @@ export class CriuEngine implements Engine {
       throw new WarmforkError('CHECKPOINT_FAILED', { tried, happened: 'it has ended' })
     }
     const pids = tree.map(({ pid }) => pid)
+    // A program that does not survive a criu that is killed leaves its children without a parent by which they could be found.
+    for (const pid of pids) this.#launcher.track(pid)
     const memory = chooseMemory(pids, options.memory, (pid) => tree.find((one) => one.pid === pid)!.comm)
     const rssBytes = pids.reduce((sum, pid) => sum + (memoryUse(pid)?.rssBytes ?? 0), 0)
     const wipe = this.#recordsWipeOnFork ? new Map() : wipedRanges(pids)
