@@ -161,6 +161,14 @@ export function pidfdGetfd(pidfd: number, fd: number): number {
   return check('pidfd_getfd', Number(c.syscall3(SYS.pidfd_getfd, pidfd, fd, 0)))
 }
 
+/** Whether a socket is a stream (SO_TYPE is SOCK_STREAM). */
+export function isStreamSocket(fd: number): boolean {
+  const [SOL_SOCKET, SO_TYPE, SOCK_STREAM] = [1, 3, 1]
+  const type = Buffer.alloc(4)
+  check('getsockopt', c.getsockopt(fd, SOL_SOCKET, SO_TYPE, type, [4]))
+  return type.readInt32LE() === SOCK_STREAM
+}
+
 /** Whether an id is in use as a process, a thread or a process group. */
 export function idInUse(id: number): boolean {
   if (c.kill(id, 0) === 0) return true

@@ -65,6 +65,17 @@ export function isEnding(pid: number): boolean {
   return [...pending].some((found) => (BigInt(`0x${found[1]}`) & SIGKILL_BIT) !== 0n)
 }
 
+/** Whether an id is that of a process, and not of one of its further threads. */
+export function isThreadGroup(pid: number): boolean {
+  return new RegExp(`^Tgid:\\t${pid}$`, 'm').test(read(`/proc/${pid}/status`) ?? '')
+}
+
+/** This moment in clock ticks since the boot, as `startTicks` counts; a tick is 10 ms on all that Linux runs on today. */
+export function nowTicks(): number {
+  const TICKS_PER_SECOND = 100
+  return Math.floor(Number.parseFloat(read('/proc/uptime') ?? '0') * TICKS_PER_SECOND)
+}
+
 export function threadIds(pid: number): number[] {
   try {
     return readdirSync(`/proc/${pid}/task`).map(Number)

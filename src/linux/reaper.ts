@@ -40,7 +40,16 @@ class SignalReaper implements Reaper {
   }
 
   #collect(): void {
-    for (const pid of [...this.#watched.keys()]) this.#look(pid)
+    for (const pid of [...this.#watched.keys()]) {
+      try {
+        this.#look(pid)
+      } catch (error) {
+        // One listener's error must not hide the others' exits: one signal stands for many.
+        queueMicrotask(() => {
+          throw error
+        })
+      }
+    }
   }
 
   #look(pid: number): void {

@@ -34,6 +34,7 @@ import { dump } from './dump.js'
 import { CriuForkSource } from './fork-source.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
 import { chooseMemory } from './memory-choice.js'
+import { forkError } from './restorer.js'
 import { hasFileCapabilities, requireRights } from './rights.js'
 import { remakePaths, type SharedPath, sharedPaths } from './shared-paths.js'
 import { SocketPath } from './socket-path.js'
@@ -109,7 +110,12 @@ export class CriuEngine implements Engine {
       ...(options.store === undefined ? {} : { root: options.store }),
       ...(options.worker === undefined ? {} : { group: options.worker.gid }),
     })
-    return new CriuEngine(options, criu, launcher, store)
+    try {
+      return new CriuEngine(options, criu, launcher, store)
+    } catch (error) {
+      await store.close()
+      throw forkError(error)
+    }
   }
 
   async checkpoint(source: SourceProcess, options: CheckpointOptions): Promise<GenerationInfo> {

@@ -69,13 +69,13 @@ export class CriuForkSource implements ForkSource {
     const { generation } = options
     this.#replaced = generation.replacedFiles()
     this.#image = this.#load()
-    this.#lease = generation.lease(process.pid, stat(process.pid)!.startTicks)
     this.#pageFiles = options.launcher.unprivileged
       ? generation.pageFiles.map((name) => {
           const path = join(generation.directory, name)
           return { key: path.slice(1), fd: openSync(path, 'r') }
         })
       : []
+    this.#lease = generation.lease(process.pid, stat(process.pid)!.startTicks)
     this.#refillSoon()
   }
 
@@ -126,7 +126,7 @@ export class CriuForkSource implements ForkSource {
   /** Whatever comes of it, nobody else knows of half a child: the guard is told what may appear. */
   async #restore({ restorer, fresh, pids }: Started, timeoutMs: number, logLevel?: 4): Promise<RestoreOutcome> {
     const { launcher } = this.#options
-    launcher.expect(pids, restorer.pid)
+    launcher.expect(pids)
     let ok = false
     try {
       const outcome = await restorer.restore(timeoutMs, logLevel)
@@ -171,7 +171,8 @@ export class CriuForkSource implements ForkSource {
   #take(stdio: StdioFds | undefined): Started {
     while (!stdio && this.#ahead.length > 0) {
       const one = this.#ahead.shift()!
-      if (one.restorer.usable) return { ...one, pids: this.#pidsOf(one.image, one.fresh) }
+      // It may have waited for hours, and somebody may have been given one of its ids.
+      if (one.restorer.usable && !one.fresh.some(idInUse)) return { ...one, pids: this.#pidsOf(one.image, one.fresh) }
       void this.#discard(one)
     }
     return this.#start(stdio)
@@ -308,7 +309,9 @@ class RestoredProcess implements ForkedProcess {
       reaper.watch(pid, {
         exited: (status) => {
           this.#gone = true
-          void Promise.resolve(onExit()).then(() => resolve(status))
+          // Whatever goes wrong with what it leaves, its end is told.
+          const told = () => resolve(status)
+          void Promise.resolve().then(onExit).then(told, told)
         },
         continued: () => {
           if (this.#running) return

@@ -3,7 +3,7 @@
  * to be (the guard, so that they end with the supervisor). It knows no images.
  */
 import { chmodSync, chownSync, fchownSync } from 'node:fs'
-import { stat } from '../../linux/proc.js'
+import { nowTicks, stat } from '../../linux/proc.js'
 import type { Criu } from './binary.js'
 import { ensureKernelCache } from './kdat.js'
 import { CRIU_CAPABILITIES } from './rights.js'
@@ -72,10 +72,10 @@ export class Launcher {
     this.#registry.forget(pid)
   }
 
-  /** The ids that a criu is about to give to processes: nothing of ours can have one before it was started. */
-  expect(pids: readonly number[], criu: number): void {
-    const since = stat(criu)?.startTicks
-    if (since !== undefined) for (const pid of pids) this.#registry.expect(pid, since)
+  /** The ids that a criu is about to give to processes: nothing of ours has one before this moment. */
+  expect(pids: readonly number[]): void {
+    const since = nowTicks()
+    for (const pid of pids) this.#registry.expect(pid, since)
   }
 
   track(pid: number): void {

@@ -9,7 +9,8 @@ import { Socket } from 'node:net'
 import type { Readable, Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { isatty } from 'node:tty'
-import { duplicate, pipe } from '../../linux/libc.js'
+import { WarmforkError } from '../../errors.js'
+import { duplicate, isStreamSocket, pipe } from '../../linux/libc.js'
 import type { StdioFds } from '../engine.js'
 
 /** How long after the child's end its last output is waited for. What it has started may hold the pipe open for ever. */
@@ -30,23 +31,32 @@ export class Relay {
   #inputStreams: [Readable, Writable] | undefined
   #written: Promise<unknown> = Promise.resolve()
   readonly #passed: number[] = []
+  /** Descriptors that are this object's to close. */
+  readonly #open = new Set<number>()
 
-  /** @param stdio its descriptors stay the caller's: this object has copies. Throws FDS_EXHAUSTED by way of EMFILE. */
+  /**
+   * @param stdio its descriptors stay the caller's: this object has copies. Throws BAD_OPTION for a socket that cannot be read and
+   * written as a stream (datagrams); FDS_EXHAUSTED by way of EMFILE.
+   */
   constructor(stdio: StdioFds) {
-    const copies: number[] = []
+    for (const fd of stdio) checkStream(fd)
     try {
-      for (const fd of stdio) copies.push(duplicate(fd))
+      this.fds = stdio.map((fd, stream) => {
+        const copy = duplicate(fd)
+        this.#open.add(copy)
+        return isPipeOrTerminal(fd) ? this.#pass(copy) : this.#replace(copy, stream)
+      }) as unknown as StdioFds
     } catch (error) {
-      for (const fd of copies) closeSync(fd)
+      this.cancel()
       throw error
     }
-    const fds = copies.map((fd, stream) => (isPipeOrTerminal(fd) ? this.#pass(fd) : this.#replace(fd, stream)))
-    this.fds = fds as unknown as StdioFds
   }
 
   /** The child has its descriptors: the bytes begin to move. */
   begin(): void {
-    this.#closeOwn()
+    for (const fd of [...this.#passed, ...this.#childEnds]) this.#close(fd)
+    // What is open from here on belongs to streams, which close it.
+    this.#open.clear()
     if (this.#input) {
       const source = readerOf(this.#input.from)
       const sink = new Socket({ fd: this.#input.pipe.write, readable: false, writable: true })
@@ -60,14 +70,12 @@ export class Relay {
         // Not ended: that would shut down a socket which others share.
         sink.destroy()
       }),
-    )
+    ).catch(() => {})
   }
 
   /** No child came of it. */
   cancel(): void {
-    this.#closeOwn()
-    for (const { pipe: ends, to } of this.#outputs) for (const fd of [ends.read, to]) closeSync(fd)
-    if (this.#input) for (const fd of [this.#input.pipe.write, this.#input.from]) closeSync(fd)
+    for (const fd of this.#open) this.#close(fd)
   }
 
   /** The child has ended: resolves when its last output is where it should be. */
@@ -78,6 +86,16 @@ export class Relay {
     late.abort()
   }
 
+  #close(fd: number): void {
+    if (this.#open.delete(fd)) closeSync(fd)
+  }
+
+  #makePipe(): { read: number; write: number } {
+    const made = pipe()
+    this.#open.add(made.read).add(made.write)
+    return made
+  }
+
   #pass(fd: number): number {
     this.#passed.push(fd)
     return fd
@@ -85,7 +103,7 @@ export class Relay {
 
   #replace(fd: number, stream: number): number {
     if (stream === 0) {
-      const made = pipe()
+      const made = this.#makePipe()
       this.#input = { pipe: made, from: fd }
       this.#childEnds.push(made.read)
       return made.read
@@ -93,18 +111,24 @@ export class Relay {
     // Both in one pipe where both go to one file (`2>&1`), so that their order is kept.
     const same = this.#outputs.find(({ to }) => isSameFile(to, fd))
     if (same) {
-      closeSync(fd)
+      this.#close(fd)
       return same.pipe.write
     }
-    const made = pipe()
+    const made = this.#makePipe()
     this.#outputs.push({ pipe: made, to: fd })
     this.#childEnds.push(made.write)
     return made.write
   }
+}
 
-  #closeOwn(): void {
-    for (const fd of [...this.#passed, ...this.#childEnds]) closeSync(fd)
-  }
+/** Node makes streams of TCP and Unix stream sockets only. */
+function checkStream(fd: number): void {
+  if (!fstatSync(fd).isSocket() || isStreamSocket(fd)) return
+  throw new WarmforkError('BAD_OPTION', {
+    tried: 'fork',
+    happened: `expected \`stdio\` to be files, pipes, terminals or stream sockets, got a socket of another type (descriptor ${fd})`,
+    remedy: 'Give the child a pipe, and carry the datagrams yourself.',
+  })
 }
 
 function isPipeOrTerminal(fd: number): boolean {

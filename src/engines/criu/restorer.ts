@@ -10,7 +10,7 @@ import { errnoOf, WarmforkError } from '../../errors.js'
 import { type DerivedImage, writeDerived } from '../../image/derive.js'
 import { DecodeError, decode } from '../../image/message.js'
 import { hasMessage, pipe, send, sendSignal, seqpacketPair, signalNumber, waitChild } from '../../linux/libc.js'
-import { ancestors, processTree, stat } from '../../linux/proc.js'
+import { ancestors, isThreadGroup, nowTicks, processTree, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import { spawnProgram } from '../../linux/spawn.js'
 import type { StdioFds } from '../engine.js'
@@ -65,7 +65,8 @@ export class Restorer {
   readonly #options: RestorerOptions
   /** Of criu itself. */
   readonly pid: number
-  readonly #startTicks: number
+  /** When the restore was asked for, in clock ticks: nothing of it is older. */
+  #requestedAt = 0
   readonly #exited: Promise<ExitStatus>
   #exit: ExitStatus | undefined
   readonly #keys: { key: string; fd: number }[]
@@ -94,7 +95,6 @@ export class Restorer {
       theirs.push(nowhere)
       const fds = [nowhere, nowhere, words, itsSocket, ...inherited.map(({ fd }) => fd)]
       this.pid = spawnProgram([...options.argv, 'swrk', '3'], options.env, fds)
-      this.#startTicks = stat(this.pid)?.startTicks ?? 0
     } catch (error) {
       for (const fd of ours) closeSync(fd)
       this.#removeDirectory()
@@ -153,7 +153,7 @@ export class Restorer {
       if (code === 0 || answered || hasMessage(this.#socket)) return
       await sleep(LAST_ANSWER_MS)
       await nextTurn()
-      if (!answered) await this.#endRemains()
+      if (!answered) await this.#endRemains(this.#log())
     })
     try {
       const request = restoreRequest({
@@ -163,17 +163,21 @@ export class Restorer {
         inherited: this.#keys,
         unprivileged,
       })
-      const response = await this.#exchange(request)
+      this.#requestedAt = nowTicks()
+      const late = sleep(timeoutMs + GONE_TIMEOUT_MS, undefined, { ref: false })
+      const response = await Promise.race([this.#exchange(request), late])
       answered = true
       if (response?.success && response.restored?.pid === derived.rootPid) {
         const pipes = this.#pipes
         this.#pipes = undefined
         return { ok: true, pid: derived.rootPid, pipes }
       }
-      const { code, signal } = await this.#exited
-      const log = readLog(join(directory, 'restore.log')) || readLog(join(directory, WORDS))
+      // One in an uninterruptible wait does not end: then the fork fails all the same.
+      const ended = await Promise.race([this.#exited, sleep(GONE_TIMEOUT_MS, undefined, { ref: false })])
+      const log = this.#log()
       await this.#endRemains(log)
-      return { ok: false, log: log || (response?.errorMessage ?? ''), timedOut, exit: signal ?? `status ${code}` }
+      const exit = ended === undefined ? 'no end' : (ended.signal ?? `status ${ended.code}`)
+      return { ok: false, log: log || (response?.errorMessage ?? ''), timedOut, exit }
     } finally {
       clearTimeout(timer)
       this.#giveBack()
@@ -210,12 +214,22 @@ export class Restorer {
     }
   }
 
+  #log(): string {
+    const { directory } = this.#options
+    return readLog(join(directory, 'restore.log')) || readLog(join(directory, WORDS))
+  }
+
   /** With criu gone nobody else ends what a failed restore has left: criu's own helpers, and what was restored by then. */
-  async #endRemains(log = ''): Promise<void> {
+  async #endRemains(log: string): Promise<void> {
     endGroup(this.pid)
     const { pids, rootPid } = this.#options.derived
-    // Then the id is somebody else's, who may be a child of this process too.
-    if (takenId(log) !== rootPid) await endRestored(pids, this.#startTicks)
+    // An id that was taken is somebody else's. With the root's, nothing of ours came to be.
+    const taken = takenId(log)
+    if (taken !== rootPid)
+      await endRestored(
+        pids.filter((pid) => pid !== taken),
+        this.#requestedAt,
+      )
   }
 
   #giveBack(): void {
@@ -227,7 +241,11 @@ export class Restorer {
   }
 
   #removeDirectory(): void {
-    rmSync(this.#options.directory, { recursive: true, force: true })
+    try {
+      rmSync(this.#options.directory, { recursive: true, force: true })
+    } catch {
+      // No descriptor is free to look into it (EMFILE), for example. The engine removes what is left at its end.
+    }
   }
 }
 
@@ -255,7 +273,14 @@ export async function endRestored(pids: readonly number[], since: number): Promi
     before = tree.size
     for (const pid of pids) {
       const found = stat(pid)
-      if (!found || found.startTicks < since || !(parents.has(found.ppid) || tree.has(found.ppid))) continue
+      // A thread of somebody's has a `stat` too, and a signal to it ends all of its process.
+      if (
+        !found ||
+        !isThreadGroup(pid) ||
+        found.startTicks < since ||
+        !(parents.has(found.ppid) || tree.has(found.ppid))
+      )
+        continue
       for (const one of processTree(pid)) tree.add(one.pid)
     }
     for (const pid of tree) sendSignal(pid, signalNumber('SIGSTOP'))

@@ -63,15 +63,15 @@ function placesOfThread(set: ImageSet, threadId: number, memory: AddressSpace): 
   const glibc = fsBase + GLIBC_TID_OFFSET
   const musl = fsBase + MUSL_TID_OFFSET
   const holdsId = (address: bigint) => memory.readInt32(address) === threadId
+  const isGlibc = fsBase !== 0n && memory.readUint64(fsBase + GLIBC_SELF_OFFSET) === fsBase && holdsId(glibc)
+  const isMusl = fsBase !== 0n && !isGlibc && clearTidAddr !== glibc && holdsId(musl)
   if (clearTidAddr !== 0n && holdsId(clearTidAddr)) {
-    found.push({ threadId, address: clearTidAddr, width: 4, runtime: 'glibc' })
-  } else if (fsBase === 0n) {
-    return found
-  } else if (holdsId(glibc) && memory.readUint64(fsBase + GLIBC_SELF_OFFSET) === fsBase) {
-    found.push({ threadId, address: glibc, width: 4, runtime: 'glibc' })
-  } else if (holdsId(musl)) {
-    found.push({ threadId, address: musl, width: 4, runtime: 'musl' })
+    // In musl the kernel clears a lock of the list of threads there, which names its holder for a moment now and then.
+    found.push({ threadId, address: clearTidAddr, width: 4, runtime: isMusl ? 'musl' : 'glibc' })
   }
+  if (isGlibc && glibc !== clearTidAddr) found.push({ threadId, address: glibc, width: 4, runtime: 'glibc' })
+  if (isMusl && musl !== clearTidAddr) found.push({ threadId, address: musl, width: 4, runtime: 'musl' })
+  if (fsBase === 0n) return found
   const go = goProcId(threadId, fsBase, memory)
   if (go !== undefined) found.push({ threadId, address: go, width: 8, runtime: 'go' })
   return found
