@@ -13,7 +13,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import { Supervisor } from '../src/index.js'
-import { descendants, pidMax } from '../src/linux/proc.js'
+import { descendants, pidMax, stat } from '../src/linux/proc.js'
 
 const SOURCE = fileURLToPath(new URL('soak.c', import.meta.url))
 /** What is started ahead and what the garbage collector has not seen yet settle in this time. */
@@ -44,7 +44,7 @@ const threads = Number(values.threads)
 
 /** A TypeScript loader has a process of its own. */
 const others = new Set(descendants(process.pid))
-const ours = () => descendants(process.pid).filter((pid) => !others.has(pid)).length
+const ours = () => descendants(process.pid).filter((pid) => !others.has(pid) && stat(pid)?.comm !== 'esbuild')
 
 const directory = mkdtempSync(join(tmpdir(), 'warmfork-soak-'))
 const program = join(directory, 'soak')
@@ -114,7 +114,7 @@ function look(): Look {
   return {
     forks: done,
     descriptors: list('/proc/self/fd').length,
-    processes: ours(),
+    processes: ours().length,
     rssMiB: Math.round(process.memoryUsage.rss() / 2 ** 20),
     directories: derived.reduce((sum, name) => sum + list(join('/dev/shm', name)).length, 0),
     leases: list(join(directory, 'store', 'soak', 'generations', '1', 'leases')).length,
@@ -129,7 +129,7 @@ const atEnd = look()
 const { forks } = await supervisor.stats()
 const warnings = supervisor.warnings.map(({ kind, message }) => `${kind}: ${message}`)
 await supervisor.stop()
-const left = { processes: ours(), runtime: readdirSync(runtimeDirectory).length }
+const left = [...ours().map((pid) => `${stat(pid)?.comm} ${stat(pid)?.state}`), ...readdirSync(runtimeDirectory)]
 rmSync(directory, { recursive: true })
 
 const warm = looks.filter((each) => each.forks >= wanted * WARM_SHARE)
@@ -149,7 +149,7 @@ const leaks = [
   ...(growth.processes > 10 ? [`processes grew by ${growth.processes}`] : []),
   ...(growth.leases > 10 ? [`leases grew by ${growth.leases}`] : []),
   ...(growth.rssMiB > 30 ? [`the supervisor grew by ${growth.rssMiB} MiB`] : []),
-  ...(left.processes > 0 || left.runtime > 0 ? [`left behind: ${JSON.stringify(left)}`] : []),
+  ...(left.length > 0 ? [`left behind: ${left.join(', ')}`] : []),
 ]
 const result = {
   forks: done,
