@@ -234,6 +234,10 @@ export class Guard {
     const { read, write } = pipe()
     // A guard that somebody has stopped must not stop the supervisor too.
     setNonblocking(write, true)
+    this.#writeFd = write
+    this.#unwritten = Buffer.alloc(0)
+    // Before it starts, so that there is no moment in which it does not know what the one before it knew.
+    for (const line of this.#journal()) this.#tell(line)
     let child: ChildProcess
     try {
       // Its own environment is empty: a supervisor inside another one's child must not mark its guard as that one's.
@@ -244,13 +248,12 @@ export class Guard {
         env: {},
       })
     } catch (error) {
-      closeSync(write)
+      this.#closePipe()
       throw error
     } finally {
       closeSync(read)
     }
     this.#process = child
-    this.#writeFd = write
     this.#answers = ''
     // The guard keeps no supervisor alive that has nothing else to do.
     child.unref()
@@ -260,13 +263,14 @@ export class Guard {
     output.on('error', () => {})
     child.once('error', (error) => this.#died(child, error))
     child.once('close', () => this.#died(child))
-    const lines = [
+  }
+
+  #journal(): string[] {
+    return [
       ...[...this.#tracked].map(([pid, tracked]) => trackLine(pid, tracked)),
       ...[...this.#spared].map((pid) => `~ ${pid}`),
       ...[...this.#paths].map(([path, letter]) => `${letter} ${escapePath(path)}`),
     ]
-    this.#unwritten = Buffer.alloc(0)
-    for (const line of lines) this.#tell(line)
   }
 
   #tell(line: string): void {

@@ -76,6 +76,14 @@ export function nowTicks(): number {
   return Math.floor(Number.parseFloat(read('/proc/uptime') ?? '0') * TICKS_PER_SECOND)
 }
 
+/**
+ * What changes whenever the first thread of a process runs (schedstat: run time, waiting time, time slices); empty where the
+ * kernel does not say.
+ */
+export function runTrace(pid: number): string {
+  return read(`/proc/${pid}/schedstat`) ?? ''
+}
+
 export function threadIds(pid: number): number[] {
   try {
     return readdirSync(`/proc/${pid}/task`).map(Number)

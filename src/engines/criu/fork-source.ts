@@ -12,7 +12,7 @@ import { ForkImage } from '../../image/derive.js'
 import type { Listener } from '../../image/edits/listeners.js'
 import { ids } from '../../linux/ids.js'
 import { idInUse, sendSignal, signalNumber } from '../../linux/libc.js'
-import { stat } from '../../linux/proc.js'
+import { runTrace, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import type { ForkedProcess, ForkOptions, ForkSource, StdioFds } from '../engine.js'
 import type { Launcher } from './launcher.js'
@@ -49,7 +49,7 @@ const AT_ONCE = Math.max(1, Number(process.env.UV_THREADPOOL_SIZE ?? 4) - 1)
 const REFILL_DELAY_MS = 5
 
 /** After this time each process of a restored tree has taken its SIGSTOP, which is on the way when criu is done. */
-const STOPPED_MS = 100
+const STOPPED_MS = 250
 
 export class CriuForkSource implements ForkSource {
   readonly #options: SourceOptions
@@ -293,7 +293,11 @@ function failure(tried: string, log: string, exit: string): WarmforkError {
 class RestoredProcess implements ForkedProcess {
   readonly exited: Promise<ExitStatus>
   onStrayResume?: () => void
-  readonly #madeAt = performance.now()
+  /**
+   * What told that its processes stood still. The kernel tells of a root that is continued, unless it is stopped again
+   * before we look, and of no other process of the tree.
+   */
+  #stoodAt: string | undefined
   #running = false
   #gone = false
 
@@ -305,10 +309,14 @@ class RestoredProcess implements ForkedProcess {
     /** What it gives is waited for before the exit is told. */
     onExit: () => Promise<void> | undefined,
   ) {
+    const settled = setTimeout(() => {
+      if (!this.#running) this.#stoodAt = this.#traces()
+    }, STOPPED_MS).unref()
     this.exited = new Promise((resolve) => {
       reaper.watch(pid, {
         exited: (status) => {
           this.#gone = true
+          clearTimeout(settled)
           // Whatever goes wrong with what it leaves, its end is told.
           const told = () => resolve(status)
           void Promise.resolve().then(onExit).then(told, told)
@@ -330,10 +338,10 @@ class RestoredProcess implements ForkedProcess {
     if (this.#gone) {
       throw new WarmforkError('CHILD_GONE', { tried: `continue child ${this.pid}`, happened: 'it has ended' })
     }
-    if (!this.#running && this.#isPartlyContinued) {
+    if (!this.#running && this.#stoodAt !== undefined && this.#traces() !== this.#stoodAt) {
       throw new WarmforkError('CHILD_GONE', {
         tried: `continue child ${this.pid}`,
-        happened: 'somebody else has continued one of its processes before',
+        happened: 'somebody else has continued or ended one of its processes before',
       })
     }
     this.#running = true
@@ -341,10 +349,9 @@ class RestoredProcess implements ForkedProcess {
     for (const pid of [...this.pids].reverse()) sendSignal(pid, signalNumber('SIGCONT'))
   }
 
-  /** The kernel tells of the root only. */
-  get #isPartlyContinued(): boolean {
-    if (this.pids.length === 1 || performance.now() - this.#madeAt < STOPPED_MS) return false
-    return this.pids.slice(1).some((pid) => !/^[TtZX]/.test(stat(pid)?.state ?? 'T'))
+  /** What changes when one of its processes runs. */
+  #traces(): string {
+    return this.pids.map(runTrace).join(' ')
   }
 
   kill(signal: NodeJS.Signals): boolean {
