@@ -3,10 +3,10 @@
  * what comes from configuration files and plain JavaScript to the same rules. This file starts nothing and reads no disk.
  */
 import { createHash } from 'node:crypto'
-import { tmpdir } from 'node:os'
-import { basename, extname, isAbsolute, join, resolve } from 'node:path'
+import { basename, extname, resolve } from 'node:path'
 import type { Logger } from 'pino'
 import { z } from 'zod'
+import { defaultRuntimeDirectory } from './control/runtime-directory.js'
 import type { MemoryMode } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
 import { defaultRoot } from './generations/directories.js'
@@ -637,15 +637,4 @@ export function defaultName(command: readonly [string, ...string[]], cwd: string
     .slice(0, 6)
   const words = [word(cwd), word(script ?? command[0])].filter(Boolean).map((part) => part.slice(0, 28))
   return [...words, hash].join('-').replace(/^[^A-Za-z0-9]+/, '')
-}
-
-const isRoot = () => process.getuid?.() === 0
-
-/** See `SupervisorOptions.runtimeDirectory`. */
-export function defaultRuntimeDirectory(): string {
-  const runtime = process.env.XDG_RUNTIME_DIR
-  if (isRoot()) return '/run/warmfork'
-  return runtime && isAbsolute(runtime)
-    ? join(runtime, 'warmfork')
-    : join(tmpdir(), `warmfork-${process.getuid?.() ?? 0}`)
 }

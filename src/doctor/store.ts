@@ -15,8 +15,8 @@ import {
   writeFileSync,
 } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
+import { defaultRuntimeDirectory } from '../control/runtime-directory.js'
 import { errnoOf } from '../errors.js'
-import { defaultRuntimeDirectory } from '../options.js'
 import type { CheckContext, CheckResult } from './check.js'
 
 const MIB = 1024 * 1024

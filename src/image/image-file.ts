@@ -3,7 +3,7 @@
  * raw bytes follow (`payload`). Pages and the archives of namespaces have no magic: those are raw, and not read here.
  */
 import { corrupt, truncated } from './failure.js'
-import { type Decoded, DecodeError, decode, encode, type Fields, type Message, OPAQUE } from './message.js'
+import { type Decoded, DecodeError, decode, type Fields, type Message } from './message.js'
 import { GhostChunk, GhostFile, PipeData, SocketPacket, TcpStream } from './schema.js'
 
 /** What CRIU ≥ 1.1 puts before the magic of the kind: images, and its own service files (stats). The inventory, which says the version, has none. */
@@ -124,5 +124,3 @@ export function decodeIn<F extends Fields>(name: string, schema: Message<F>, byt
     throw cause
   }
 }
-
-export { encode, OPAQUE }

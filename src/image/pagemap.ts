@@ -84,7 +84,7 @@ export function runsWithin(runs: readonly PageRun[], start: bigint, end: bigint)
 }
 
 /** The parts of a run inside [start, end); the run must touch it. */
-export function cutRun(run: PageRun, start: bigint, end: bigint): PageRun {
+function cutRun(run: PageRun, start: bigint, end: bigint): PageRun {
   const from = later(run.start, start)
   const to = earlier(run.end, end)
   return { start: from, end: to, offset: run.offset + Number(from - run.start), flags: run.flags }

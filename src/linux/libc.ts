@@ -23,7 +23,7 @@ const c = {
 }
 
 /** System call numbers of x86-64 (arm64 shares the numbers from 424 on). */
-const SYS = { pidfd_send_signal: 424, pidfd_open: 434, pidfd_getfd: 438 } as const
+const SYS = { pidfd_open: 434, pidfd_getfd: 438 } as const
 
 /** Where a number has two names, the first in the alphabet: EAGAIN, not EWOULDBLOCK. */
 const ERRNO_NAMES = new Map(
@@ -56,8 +56,6 @@ const O_CLOEXEC = 0o2000000
 const O_NONBLOCK = 0o4000
 const F_GETFL = 3
 const F_SETFL = 4
-const F_GETFD = 1
-const F_SETFD = 2
 
 /** A pipe, both ends close-on-exec: a child gets an end only where it is handed one. */
 export function pipe(): { read: number; write: number } {
@@ -97,11 +95,6 @@ export function hasMessage(fd: number): boolean {
 export function setNonblocking(fd: number, on: boolean): void {
   const flags = check('fcntl', c.fcntl(fd, F_GETFL, 0))
   check('fcntl', c.fcntl(fd, F_SETFL, on ? flags | O_NONBLOCK : flags & ~O_NONBLOCK))
-}
-
-export function setCloseOnExec(fd: number, on: boolean): void {
-  const flags = check('fcntl', c.fcntl(fd, F_GETFD, 0))
-  check('fcntl', c.fcntl(fd, F_SETFD, on ? flags | 1 : flags & ~1))
 }
 
 /** Takes an exclusive lock on an open file without waiting; false where another holder has it. */
@@ -146,14 +139,6 @@ export function waitChild(pid: number): WaitResult {
 /** A descriptor that names a process, safe against its id being given to another (pidfd_open, Linux 5.3). */
 export function pidfdOpen(pid: number): number {
   return check('pidfd_open', Number(c.syscall3(SYS.pidfd_open, pid, 0, 0)))
-}
-
-/** Sends a signal through a pidfd; false where the process is gone. */
-export function pidfdSignal(pidfd: number, signal: number): boolean {
-  if (Number(c.syscall3(SYS.pidfd_send_signal, pidfd, signal, 0)) === 0) return true
-  const errno = koffi.errno()
-  if (errno === constants.errno.ESRCH) return false
-  throw systemError('pidfd_send_signal', errno)
 }
 
 /** A copy of another process's descriptor (pidfd_getfd, Linux 5.6; needs ptrace rights over it). */

@@ -19,7 +19,7 @@ export function wipeRanges(set: ImageSet, pid: number, seenInProcess: readonly R
   return [...set.memory(pid).vmas.filter(isWiped), ...seenInProcess].map(({ start, end }) => ({ start, end }))
 }
 
-export function isWiped(vma: VmaEntry): boolean {
+function isWiped(vma: VmaEntry): boolean {
   return (((vma.madv ?? 0n) >> BigInt(MADV.WIPEONFORK)) & 1n) === 1n || (vma.flags & MAP.DROPPABLE) !== 0
 }
 
