@@ -1,5 +1,5 @@
 /** Readers of /proc. They return undefined where the process is gone, and know nothing of warmfork. */
-import { readdirSync, readFileSync } from 'node:fs'
+import { closeSync, openSync, readdirSync, readFileSync, readSync } from 'node:fs'
 
 export interface ProcStat {
   pid: number
@@ -16,12 +16,27 @@ export interface ProcStat {
   startTicks: number
 }
 
+/**
+ * One buffer for all reads: readFileSync takes 64 KiB for each file whose size it is not told, which made 3 MiB of garbage
+ * a fork, and so collections of the whole heap in the middle of forks.
+ */
+const buffer = Buffer.allocUnsafe(64 << 10)
+
 /** Reads a file of /proc; undefined where the process is gone or is not ours to read. */
 function read(path: string): string | undefined {
+  let fd: number | undefined
   try {
-    return readFileSync(path, 'latin1')
+    fd = openSync(path, 'r')
+    let text = ''
+    for (let length = 1; length > 0; ) {
+      length = readSync(fd, buffer, 0, buffer.length, null)
+      text += buffer.toString('latin1', 0, length)
+    }
+    return text
   } catch {
     return undefined
+  } finally {
+    if (fd !== undefined) closeSync(fd)
   }
 }
 
