@@ -150,6 +150,7 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
       stdioInodes: this.#inodes,
       uid: identity?.uid ?? process.getuid?.() ?? 0,
       gid: identity?.gid ?? process.getgid?.() ?? 0,
+      channels: [],
     }
   }
 

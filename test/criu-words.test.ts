@@ -7,7 +7,7 @@ import { IdAllocator } from '../src/linux/ids.js'
 import { idInUse } from '../src/linux/libc.js'
 
 describe('what criu is told', () => {
-  const dump = { pid: 42, directory: '/images', logFile: 'dump.log', unprivileged: false, timeoutMs: 2500 }
+  const dump = { pid: 42, directory: '/images', logFile: 'dump.log', unprivileged: false, timeoutMs: 2500, external: [] }
 
   it('leaves the source running, with its connections, and waits for it in whole seconds', () => {
     const args = dumpArguments(dump)

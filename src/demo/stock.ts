@@ -56,6 +56,7 @@ export class StockRestore {
         command,
         directory,
         unprivileged: false,
+        external: [],
         timeoutMs: TIMEOUT_MS,
         onStart: none,
         onEnd: none,

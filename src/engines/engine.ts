@@ -21,6 +21,28 @@ export interface SourceProcess {
   readonly stdioInodes: readonly [bigint, bigint, bigint]
   readonly uid: number
   readonly gid: number
+  /** Connections of agents in the source to the supervisor: each fork gets a new one in place of each. */
+  readonly channels: readonly SourceChannel[]
+}
+
+/** A connection of a process of the source to the supervisor. */
+export interface SourceChannel {
+  readonly pid: number
+  /** Of the process's end. */
+  readonly inode: number
+}
+
+/** What a fork has in place of a `SourceChannel`. */
+export interface ForkedChannel {
+  /** The process of the source whose connection it takes the place of. */
+  readonly sourcePid: number
+  /** The process of the fork, and its parent. */
+  readonly pid: number
+  readonly ppid: number
+  /** Fresh ids of the process's threads, by those in the source. */
+  readonly threads: ReadonlyMap<number, number>
+  /** Our end of the connection; the taker closes it. */
+  readonly fd: number
 }
 
 export interface CheckpointOptions {
@@ -64,6 +86,8 @@ export interface ForkedProcess {
   /** The same as streams, from an engine that has no pipes of its own making (spawn on macOS). */
   readonly streams?: { readonly stdin: Writable; readonly stdout: Readable; readonly stderr: Readable } | undefined
   readonly generation: number
+  /** One for each channel of the source, in that order. */
+  readonly channels: readonly ForkedChannel[]
   readonly exited: Promise<ExitStatus>
   /** Starts a parked process (SIGCONT to each of its tree). Throws CHILD_GONE where it has ended. */
   resume(): void

@@ -55,6 +55,7 @@ export class ForkImage {
   readonly ids: readonly number[]
   readonly rootPid: number
   /** All processes, the root first. */
+  readonly processes: readonly { pid: number; ppid: number; threads: readonly number[] }[]
   readonly pids: readonly number[]
   readonly #set: ImageSet
   readonly #pages: ProcessPages[]
@@ -72,6 +73,7 @@ export class ForkImage {
     this.#set = set
     this.ids = idsOf(set)
     const processes = set.processes()
+    this.processes = processes.map(({ pid, ppid, threads }) => ({ pid, ppid, threads: [...threads] }))
     this.pids = processes.map(({ pid }) => pid)
     this.rootPid = this.pids[0]!
     this.#pages = processes.filter(({ dead }) => !dead).map((process) => loadPages(set, process))

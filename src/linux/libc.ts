@@ -79,6 +79,15 @@ export function seqpacketPair(): [number, number] {
   return [fds[0]!, fds[1]!]
 }
 
+/** A pair of connected Unix sockets for streams of bytes, blocking and close-on-exec. */
+export function streamPair(): [number, number] {
+  const AF_UNIX = 1
+  const SOCK_STREAM = 1
+  const fds = [0, 0]
+  check('socketpair', c.socketpair(AF_UNIX, SOCK_STREAM | O_CLOEXEC, 0, fds))
+  return [fds[0]!, fds[1]!]
+}
+
 /** Sends one message; never raises SIGPIPE. */
 export function send(fd: number, data: Uint8Array): void {
   const MSG_NOSIGNAL = 0x4000

@@ -9,12 +9,14 @@ export interface DumpOptions {
   /** criu runs as the worker's user, with capabilities. */
   unprivileged: boolean
   timeoutMs: number
+  /** What belongs to the outside, in criu's words: `unix[INODE]`. */
+  external: readonly string[]
 }
 
 /** How much of an unlinked open file is kept in the image: CRIU's own 1 MiB is less than what JVMs and interpreters unlink. */
 const GHOST_LIMIT_BYTES = 64 << 20
 
-export function dumpArguments({ pid, directory, logFile, unprivileged, timeoutMs }: DumpOptions): string[] {
+export function dumpArguments({ pid, directory, logFile, unprivileged, timeoutMs, external }: DumpOptions): string[] {
   return [
     'dump',
     ...['--tree', String(pid)],
@@ -32,6 +34,7 @@ export function dumpArguments({ pid, directory, logFile, unprivileged, timeoutMs
     ...['--ghost-limit', String(GHOST_LIMIT_BYTES)],
     // In seconds: how long the tasks may take to stop.
     ...['--timeout', String(Math.max(1, Math.ceil(timeoutMs / 1000)))],
+    ...external.flatMap((resource) => ['--external', resource]),
     ...(unprivileged ? ['--unprivileged'] : []),
   ]
 }

@@ -19,6 +19,8 @@ export interface DumpCall {
   directory: string
   unprivileged: boolean
   timeoutMs: number
+  /** What belongs to the outside, in criu's words. */
+  external: readonly string[]
   signal?: AbortSignal | undefined
   /** Called with criu's process id, so that somebody ends it should we die. */
   onStart(pid: number): void

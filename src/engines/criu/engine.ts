@@ -28,7 +28,7 @@ import { ImageSet } from '../../image/image-set.js'
 import { prepare } from '../../image/prepare.js'
 import { pidfdGetfd, pidfdOpen } from '../../linux/libc.js'
 import { mappingsWithFlags, memoryUse, processTree } from '../../linux/proc.js'
-import type { CheckpointOptions, Engine, ForkSource, GenerationInfo, SourceProcess } from '../engine.js'
+import type { CheckpointOptions, Engine, ForkSource, GenerationInfo, SourceChannel, SourceProcess } from '../engine.js'
 import { type Criu, findCriu, formatVersion } from './binary.js'
 import { dump } from './dump.js'
 import { CriuForkSource } from './fork-source.js'
@@ -63,6 +63,7 @@ interface EngineData {
   stdio: { stream: 0 | 1 | 2; key: string }[]
   listeners: (Omit<Listener, 'address'> & { address: number[] })[]
   paths: SharedPath[]
+  channels: SourceChannel[]
 }
 
 /** Restorers kept started ahead: one for the next fork, one while that is being replaced. */
@@ -184,6 +185,7 @@ export class CriuEngine implements Engine {
       pid: source.pid,
       command: source.command,
       directory: paths.raw,
+      external: source.channels.map(({ inode }) => `unix[${inode}]`),
       timeoutMs: options.timeoutMs,
       signal: options.signal,
       onStart: (pid) => this.#launcher.started(pid),
@@ -205,6 +207,7 @@ export class CriuEngine implements Engine {
       listeners: prepared.listeners.map((listener) => ({ ...listener, address: [...listener.address] })),
       // Made again by us, in directories that are another user's: that could be led astray.
       paths: this.#launcher.hasOtherWorker ? [] : sharedPaths(set),
+      channels: [...source.channels],
     }
     const filled: Filled = {
       memory: memory.mode,
@@ -219,6 +222,7 @@ export class CriuEngine implements Engine {
         stdio: data.stdio,
         listeners: data.listeners.map((listener) => ({ ...listener })),
         paths: data.paths.map((path) => ({ ...path })),
+        channels: data.channels.map((channel) => ({ ...channel })),
       },
       checkpointMs: frozenMs,
       prepareMs: Math.round(performance.now() - before),
@@ -275,10 +279,11 @@ export class CriuEngine implements Engine {
   }
 
   #streamsAndListeners(generation: Generation) {
-    const { stdio, listeners } = generation.manifest.engineData as unknown as EngineData
+    const { stdio, listeners, channels } = generation.manifest.engineData as unknown as EngineData
     const sockets = this.#sockets.get(generation.number)
     return {
       stdio,
+      channels,
       listeners: listeners.map((listener) => {
         const descriptor = sockets?.get(listener.inode)
         if (descriptor === undefined) {

@@ -14,7 +14,7 @@ import { ids } from '../../linux/ids.js'
 import { idInUse, sendSignal, signalNumber } from '../../linux/libc.js'
 import { runTrace, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
-import type { ForkedProcess, ForkOptions, ForkSource, StdioFds } from '../engine.js'
+import type { ForkedChannel, ForkedProcess, ForkOptions, ForkSource, SourceChannel, StdioFds } from '../engine.js'
 import type { Launcher } from './launcher.js'
 import { explain, isIdCollision, isOutOfProcesses, summarize } from './log.js'
 import { Relay } from './relay.js'
@@ -26,6 +26,7 @@ export interface SourceOptions {
   stdio: readonly { stream: 0 | 1 | 2; key: string }[]
   /** With the descriptor that children take each from. */
   listeners: readonly (Listener & { descriptor: number })[]
+  channels: readonly SourceChannel[]
   /** Makes what an earlier child has removed again. */
   remakePaths: () => void
   deathSignal: boolean
@@ -106,7 +107,7 @@ export class CriuForkSource implements ForkSource {
       const taken = this.#take(relay?.fds)
       const outcome = await this.#restore(taken, this.#options.timeoutMs)
       this.#refillSoon()
-      if (outcome.ok) return this.#adopt(outcome.pid, taken.pids, outcome.pipes, relay)
+      if (outcome.ok) return this.#adopt(outcome, taken, relay)
       if (isIdCollision(outcome.log) && attempt < ID_ATTEMPTS) continue
       if (isOutOfProcesses(outcome.log)) {
         throw new WarmforkError('PIDS_EXHAUSTED', { tried, happened: summarize(outcome.log, ''), output: outcome.log })
@@ -118,7 +119,7 @@ export class CriuForkSource implements ForkSource {
       // The reason may have passed: a second try, which writes a full log, is the last one.
       const again = this.#start(relay?.fds)
       const second = await this.#restore(again, this.#options.timeoutMs * 2, 4)
-      if (second.ok) return this.#adopt(second.pid, again.pids, second.pipes, relay)
+      if (second.ok) return this.#adopt(second, again, relay)
       throw failure(tried, second.log || outcome.log, second.exit)
     }
   }
@@ -182,7 +183,7 @@ export class CriuForkSource implements ForkSource {
     const image = this.#image
     const fresh = ids.take(image.ids.length)
     try {
-      const { launcher, generation, stdio, listeners, directory } = this.#options
+      const { launcher, generation, stdio, channels, listeners, directory } = this.#options
       const derived = image.derive(this.#freshIds(image, fresh))
       this.#sequence += 1
       const restorer = new Restorer({
@@ -194,6 +195,7 @@ export class CriuForkSource implements ForkSource {
         directory: join(directory, `fork-${generation.number}-${this.#sequence}`),
         stdio,
         given,
+        channels: channels.map(({ inode }) => `socket:[${inode}]`),
         inherited: [...listeners.map(({ key, descriptor }) => ({ key, fd: descriptor })), ...this.#pageFiles],
         onPipeEnd: launcher.give,
         onPath: launcher.givePath,
@@ -213,6 +215,22 @@ export class CriuForkSource implements ForkSource {
   #pidsOf(image: ForkImage, fresh: readonly number[]): number[] {
     const renamed = this.#freshIds(image, fresh)
     return image.pids.map((pid) => renamed.get(pid)!)
+  }
+
+  #channelsOf(image: ForkImage, fresh: readonly number[], fds: readonly number[]): ForkedChannel[] {
+    const renamed = this.#freshIds(image, fresh)
+    const processes = new Map(image.processes.map((process) => [process.pid, process]))
+    return this.#options.channels.map(({ pid }, index) => {
+      const { ppid, threads } = processes.get(pid)!
+      return {
+        sourcePid: pid,
+        pid: renamed.get(pid)!,
+        // The root's parent is this process: it is restored as our child.
+        ppid: renamed.get(ppid) ?? process.pid,
+        threads: new Map(threads.map((thread) => [thread, renamed.get(thread)!])),
+        fd: fds[index]!,
+      }
+    })
   }
 
   /** After the fork that made room, so that neither it nor its first answer waits for this: it holds the event loop for 2 ms. */
@@ -239,9 +257,8 @@ export class CriuForkSource implements ForkSource {
   }
 
   async #adopt(
-    pid: number,
-    pids: readonly number[],
-    pipes: StdioFds | undefined,
+    { pid, pipes, channels: fds }: RestoreOutcome & { ok: true },
+    { pids, image, fresh }: Started,
     relay: Relay | undefined,
   ): Promise<ForkedProcess> {
     const { generation, launcher } = this.#options
@@ -253,10 +270,11 @@ export class CriuForkSource implements ForkSource {
     } catch (error) {
       await endRestored(pids, startTicks)
       for (const one of pids) launcher.forget(one)
-      for (const fd of pipes ?? []) closeSync(fd)
+      for (const fd of [...(pipes ?? []), ...fds]) closeSync(fd)
       throw forkError(error)
     }
-    return new RestoredProcess(pid, pids, pipes, generation.number, () => {
+    const channels = this.#channelsOf(image, fresh, fds)
+    return new RestoredProcess(pid, pids, pipes, channels, generation.number, () => {
       // What it has started may outlive it; by its group the guard finds that at the end.
       for (const one of pids) if (!idInUse(one)) launcher.forget(one)
       lease.release()
@@ -305,6 +323,7 @@ class RestoredProcess implements ForkedProcess {
     readonly pid: number,
     readonly pids: readonly number[],
     readonly pipes: StdioFds | undefined,
+    readonly channels: readonly ForkedChannel[],
     readonly generation: number,
     /** What it gives is waited for before the exit is told. */
     onExit: () => Promise<void> | undefined,

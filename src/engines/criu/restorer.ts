@@ -9,7 +9,16 @@ import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promi
 import { errnoOf, WarmforkError } from '../../errors.js'
 import { type DerivedImage, writeDerived } from '../../image/derive.js'
 import { DecodeError, decode } from '../../image/message.js'
-import { hasMessage, pipe, send, sendSignal, seqpacketPair, signalNumber, waitChild } from '../../linux/libc.js'
+import {
+  hasMessage,
+  pipe,
+  send,
+  sendSignal,
+  seqpacketPair,
+  signalNumber,
+  streamPair,
+  waitChild,
+} from '../../linux/libc.js'
 import { ancestors, isThreadGroup, nowTicks, processTree, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import { spawnProgram } from '../../linux/spawn.js'
@@ -31,6 +40,8 @@ export interface RestorerOptions {
   stdio: readonly { stream: 0 | 1 | 2; key: string }[]
   /** The caller's descriptors in place of new pipes. */
   given: StdioFds | undefined
+  /** CRIU's keys of the connections that the child gets anew, each with its other end for us. */
+  channels: readonly string[]
   /** Further descriptors that the restored process takes over: listeners, the page file. */
   inherited: readonly { key: string; fd: number }[]
   unprivileged: boolean
@@ -41,7 +52,7 @@ export interface RestorerOptions {
 }
 
 export type RestoreOutcome =
-  | { ok: true; pid: number; pipes: StdioFds | undefined }
+  | { ok: true; pid: number; pipes: StdioFds | undefined; channels: readonly number[] }
   | { ok: false; log: string; timedOut: boolean; exit: string }
 
 /** Where criu's descriptors begin: 0 to 2 are its own, 3 is the socket. */
@@ -72,6 +83,7 @@ export class Restorer {
   readonly #keys: { key: string; fd: number }[]
   #socket: number
   #pipes: [number, number, number] | undefined
+  #channels: number[] = []
   #ended = false
 
   /** Throws what making pipes, a directory or a process throws: FDS_EXHAUSTED, PIDS_EXHAUSTED, DISK_FULL, CRIU_MISSING. */
@@ -86,7 +98,11 @@ export class Restorer {
       theirs.push(itsSocket)
       this.#socket = mySocket
       const ends = options.given ?? this.#makePipes(ours, theirs)
-      const inherited = [...options.stdio.map(({ stream, key }) => ({ key, fd: ends[stream] })), ...options.inherited]
+      const inherited = [
+        ...options.stdio.map(({ stream, key }) => ({ key, fd: ends[stream] })),
+        ...options.channels.map((key) => ({ key, fd: this.#makeChannel(ours, theirs) })),
+        ...options.inherited,
+      ]
       this.#keys = inherited.map(({ key }, index) => ({ key, fd: FIRST_INHERITED + index }))
       // What criu says before it has its request, and so a log: a loader's errors, for example.
       const words = openSync(join(options.directory, WORDS), 'w', 0o600)
@@ -137,6 +153,14 @@ export class Restorer {
     return [stdin.read, stdout.write, stderr.write]
   }
 
+  #makeChannel(ours: number[], theirs: number[]): number {
+    const [mine, its] = streamPair()
+    ours.push(mine)
+    theirs.push(its)
+    this.#channels.push(mine)
+    return its
+  }
+
   /** Asks for the restore. The restorer is spent afterwards, whatever comes of it. */
   async restore(timeoutMs: number, logLevel: 1 | 4 = 1): Promise<RestoreOutcome> {
     const { directory, derived, unprivileged } = this.#options
@@ -170,7 +194,7 @@ export class Restorer {
       if (response?.success && response.restored?.pid === derived.rootPid) {
         const pipes = this.#pipes
         this.#pipes = undefined
-        return { ok: true, pid: derived.rootPid, pipes }
+        return { ok: true, pid: derived.rootPid, pipes, channels: this.#channels.splice(0) }
       }
       // One in an uninterruptible wait does not end: then the fork fails all the same.
       const ended = await Promise.race([this.#exited, sleep(GONE_TIMEOUT_MS, undefined, { ref: false })])
@@ -234,7 +258,7 @@ export class Restorer {
 
   #giveBack(): void {
     closeSync(this.#socket)
-    for (const fd of this.#pipes ?? []) closeSync(fd)
+    for (const fd of [...(this.#pipes ?? []), ...this.#channels.splice(0)]) closeSync(fd)
     this.#pipes = undefined
     // criu has read it; to remove it takes 1 ms, which the fork and its first answer need not wait for.
     setTimeout(() => this.#removeDirectory(), REMOVAL_DELAY_MS)

@@ -97,6 +97,7 @@ function unsupported(tried: string): WarmforkError {
 /** A fork on the caller's descriptors: it runs from its start, as it is claimed at once. */
 class Started implements ForkedProcess {
   readonly pipes = undefined
+  readonly channels = []
   readonly running = true
   readonly #template: Template
 
@@ -127,6 +128,7 @@ class Started implements ForkedProcess {
 }
 
 class Parked implements ForkedProcess {
+  readonly channels = []
   onStrayResume?: () => void
   readonly #template: Template
   readonly #members: readonly ProcStat[]

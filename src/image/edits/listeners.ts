@@ -39,6 +39,8 @@ export interface Listener {
 const AF_UNIX = 1
 const SOCK_DGRAM = 2
 const O_RDWR = 2
+/** CRIU's note on the far end of a connection to the outside: it has the state of a listener, and is nobody's in the image. */
+const USK_EXTERN = 1
 
 /** Edits files and fdinfo images; returns what the supervisor has to hand in at each restore. */
 export function inheritListeners(set: ImageSet): Listener[] {
@@ -88,7 +90,7 @@ function inetListener(key: string, socket: InetSocket | undefined): Listener | u
 }
 
 function unixListener(key: string, socket: UnixSocket | undefined): Listener | undefined {
-  if (!socket) return undefined
+  if (!socket || (socket.uflags & USK_EXTERN) !== 0) return undefined
   const { ino: inode, type, state, backlog, name: address, peer } = socket
   const isBound = type === SOCK_DGRAM && address.length > 0 && peer === 0
   if (state !== TCP_LISTEN && !isBound) return undefined
