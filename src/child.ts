@@ -13,6 +13,7 @@ import { WarmforkError } from './errors.js'
 import { descendants, isEnding, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
 import { OutputPipe, PIPE_BYTES, takeFromPipe } from './output-pipe.js'
+import type { Terminal } from './terminal.js'
 
 /** A parked child has not run yet, a running one is the user's, an ended one has an exit status. */
 export type ChildState = 'parked' | 'running' | 'ended'
@@ -90,6 +91,7 @@ export class Child extends EventEmitter<ChildEvents> {
   #stderr: Readable | undefined
   readonly #lines: { chunks: Buffer[]; ended: boolean; iterator?: AsyncIterator<Buffer> } = { chunks: [], ended: false }
   readonly #hasPipes: boolean
+  readonly #terminal: Terminal | undefined
   #look: NodeJS.Timeout | undefined
 
   /** @internal */
@@ -99,6 +101,7 @@ export class Child extends EventEmitter<ChildEvents> {
     this.#stopTimeoutMs = options.stopTimeoutMs
     this.pid = process_.pid
     this.generation = process_.generation
+    this.#terminal = process_.terminal
     this.#hasPipes = process_.pipes !== undefined || process_.streams !== undefined
     this.#fds = process_.pipes ? [...process_.pipes] : [undefined, undefined, undefined]
     if (process_.streams) {
@@ -152,6 +155,24 @@ export class Child extends EventEmitter<ChildEvents> {
       if (this.#state === 'ended') socket.destroy()
     }
     return this.#stdin
+  }
+
+  /**
+   * Its terminal: what it shows to read, what is typed to write, `resize(columns, rows)`, and `close()` to hang up.
+   * @throws BAD_OPTION where its template was not booted on one
+   */
+  get terminal(): Terminal {
+    if (this.#terminal) return this.#terminal
+    throw new WarmforkError('BAD_OPTION', {
+      tried: `open the terminal of child ${this.pid}`,
+      happened: 'its template was not booted on one',
+      remedy: 'Start the supervisor with `template: { tty: true }`.',
+    })
+  }
+
+  /** Whether it has a terminal. */
+  get isTTY(): boolean {
+    return this.#terminal !== undefined
   }
 
   /** Its standard output. @throws BAD_OPTION where the fork was given descriptors */
@@ -280,6 +301,7 @@ export class Child extends EventEmitter<ChildEvents> {
 
   /** Lets go of its streams, for a supervisor that stops and leaves it running. @internal */
   release(): void {
+    this.#terminal?.unref()
     for (const stream of [this.#stdin, this.#stdout, this.#stderr]) (stream as Partial<Socket> | undefined)?.unref?.()
   }
 
@@ -293,6 +315,7 @@ export class Child extends EventEmitter<ChildEvents> {
     this.#stdin?.destroy()
     this.#stdout?.destroy()
     this.#stderr?.destroy()
+    this.#terminal?.close()
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -302,6 +325,13 @@ export class Child extends EventEmitter<ChildEvents> {
 
   #requirePipes(name: string): void {
     if (this.#hasPipes) return
+    if (this.#terminal) {
+      throw new WarmforkError('BAD_OPTION', {
+        tried: `open ${name} of child ${this.pid}`,
+        happened: 'it is on a terminal, and has no pipes',
+        remedy: 'Use `child.terminal`.',
+      })
+    }
     throw new WarmforkError('BAD_OPTION', {
       tried: `open ${name} of child ${this.pid}`,
       happened: 'it was forked with descriptors of the caller and has no pipes',
@@ -331,6 +361,7 @@ export class Child extends EventEmitter<ChildEvents> {
     if (this.#fds[0] !== undefined) closeSync(this.#fds[0])
     this.#fds[0] = undefined
     this.#stdin?.destroy()
+    this.#terminal?.programEnded()
     this.#takeOver()
     this.emit('exit', status)
     return status

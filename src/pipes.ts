@@ -111,6 +111,11 @@ export class OutputReader extends EventEmitter<{ chunk: [stream: OutputStream, c
     )
   }
 
+  /** On a terminal both streams are one. */
+  static ofTerminal(terminal: Readable): OutputReader {
+    return new OutputReader([['stdout', terminal]], false)
+  }
+
   /** The last 64 KiB as text. */
   get tail(): string {
     return new StringDecoder('utf8').end(Buffer.concat(this.#tail).subarray(-OUTPUT_TAIL_BYTES))

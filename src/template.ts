@@ -4,17 +4,18 @@
  */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { EventEmitter } from 'node:events'
-import { statSync } from 'node:fs'
+import { closeSync, fstatSync, statSync } from 'node:fs'
 import type { Readable, Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Endable, endTrees } from './ending.js'
-import type { SourceProcess, StdioFds } from './engines/engine.js'
+import type { SourceProcess, SourceTerminal, StdioFds } from './engines/engine.js'
 import { errnoOf, WarmforkError } from './errors.js'
 import { inheritedCapabilities } from './linux/capabilities.js'
 import { memoryUse, stat } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
 import type { TemplateView } from './options.js'
 import { closeAll, makePipes, OutputReader, type OutputStream, pipeInodes } from './pipes.js'
+import type { Terminal, TerminalSize } from './terminal.js'
 import type { Identity } from './user.js'
 
 const ON_LINUX_AS_ROOT = process.platform === 'linux' && process.getuid?.() === 0
@@ -26,6 +27,8 @@ export interface TemplateCommand {
   readonly env: Readonly<Record<string, string>>
   readonly declaredEnv: Readonly<Record<string, string>>
   readonly identity: Identity | undefined
+  /** Starts it on a pty of this size, which is its controlling terminal. */
+  readonly tty?: TerminalSize | undefined
 }
 
 export interface TemplateEvents {
@@ -47,19 +50,30 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
   readonly pipes: StdioFds | undefined
   readonly streams: { readonly stdin: Writable; readonly stdout: Readable; readonly stderr: Readable } | undefined
 
+  /** Our end of its pty, where it was started on one. */
+  readonly terminal: Terminal | undefined
+
   readonly #command: TemplateCommand
   readonly #output: OutputReader | undefined
   readonly #inodes: [bigint, bigint, bigint]
+  readonly #slave: SourceTerminal | undefined
   #status: ExitStatus | undefined
   /** Whether the pipes are still this object's to close. */
   #ownsPipes = true
 
-  private constructor(command: TemplateCommand, child: ChildProcess, pipes: StdioFds | undefined) {
+  private constructor(
+    command: TemplateCommand,
+    child: ChildProcess,
+    pipes: StdioFds | undefined,
+    pty: Pty | undefined,
+  ) {
     super()
     this.#command = command
     this.pid = child.pid!
     this.startTicks = stat(this.pid)?.startTicks ?? 0
     this.pipes = pipes
+    this.terminal = pty?.terminal
+    this.#slave = pty && { rdev: pty.rdev, dev: pty.dev }
     this.#inodes = pipes ? pipeInodes(pipes) : [0n, 0n, 0n]
     if (child.stdin && child.stdout && child.stderr) {
       child.stdin.on('error', () => {})
@@ -67,6 +81,9 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
       this.#output = OutputReader.ofStreams(child.stdout, child.stderr)
     } else if (pipes) {
       this.#output = OutputReader.ofPipes(pipes[1], pipes[2])
+    } else if (pty) {
+      this.#output = OutputReader.ofTerminal(pty.terminal)
+      pty.terminal.unref()
     }
     this.#output?.on('chunk', (stream, chunk) => this.emit('output', stream, chunk))
     this.exited = new Promise((resolve) => {
@@ -74,6 +91,7 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
         this.#status = { code, signal }
         resolve(this.#status)
         this.emit('exit', this.#status)
+        if (this.#ownsPipes) this.terminal?.programEnded()
         this.#closePipes()
       })
     })
@@ -87,16 +105,18 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
    * @throws TEMPLATE_START_FAILED, FDS_EXHAUSTED, PIDS_EXHAUSTED
    */
   static async start(command: TemplateCommand, stdio?: StdioFds): Promise<Template> {
-    const pipes = stdio ? undefined : await makePipes(process.getuid?.() === 0 ? command.identity : undefined)
-    const theirs = stdio ?? pipes?.theirs
+    const owner = process.getuid?.() === 0 ? command.identity : undefined
+    const pty = command.tty ? await openPty(command.tty, owner) : undefined
+    const pipes = stdio || pty ? undefined : await makePipes(owner)
+    const theirs = stdio ?? (pty ? ([pty.slave, pty.slave, pty.slave] as const) : pipes?.theirs)
     const [file, ...args] = argvAs(command)
     let child: ChildProcess
     try {
       child = spawn(file, args, {
         cwd: command.cwd,
         env: { ...command.env },
-        // Its own session: CRIU dumps whole sessions, and a Ctrl-C at the terminal is the supervisor's alone.
-        detached: true,
+        // Its own session: CRIU dumps whole sessions, and a Ctrl-C at the terminal is the supervisor's alone. (setsid makes one.)
+        detached: pty === undefined,
         stdio: theirs ? [...theirs] : 'pipe',
         ...identityOptions(command),
       })
@@ -106,12 +126,15 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
       })
     } catch (error) {
       if (pipes) closeAll([...pipes.ours, ...pipes.theirs])
+      if (pty) closeSync(pty.slave)
+      pty?.terminal.close()
       throw startError(command, error)
     }
     // A kill that fails is told by its result.
     child.on('error', () => {})
     if (pipes) closeAll(pipes.theirs)
-    return new Template(command, child, pipes?.ours)
+    if (pty) closeSync(pty.slave)
+    return new Template(command, child, pipes?.ours, pty)
   }
 
   /** How it ended; undefined while it runs. */
@@ -148,6 +171,7 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
       cwd,
       declaredEnv,
       stdioInodes: this.#inodes,
+      terminal: this.#slave,
       uid: identity?.uid ?? process.getuid?.() ?? 0,
       gid: identity?.gid ?? process.getgid?.() ?? 0,
       channels: [],
@@ -239,6 +263,45 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
   }
 }
 
+interface Pty extends SourceTerminal {
+  readonly terminal: Terminal
+  readonly slave: number
+}
+
+/** @throws ENGINE_UNSUPPORTED, FDS_EXHAUSTED, TEMPLATE_START_FAILED */
+async function openPty(size: TerminalSize, owner: { uid: number } | undefined): Promise<Pty> {
+  const tried = 'make a terminal'
+  if (process.platform !== 'linux') {
+    throw new WarmforkError('ENGINE_UNSUPPORTED', {
+      tried,
+      happened: `terminals are not supported on ${process.platform}`,
+      remedy: 'Leave `template.tty` out, or run on Linux.',
+    })
+  }
+  // Loaded here, since they do not load anywhere else than on Linux.
+  const [{ openMaster, openSlave, giveSlave, setWindowSize }, { Terminal }] = await Promise.all([
+    import('./linux/pty.js'),
+    import('./terminal.js'),
+  ])
+  let terminal: Terminal | undefined
+  try {
+    const master = openMaster()
+    terminal = new Terminal(master)
+    setWindowSize(master, size)
+    const slave = openSlave(master)
+    if (owner) giveSlave(slave, owner.uid)
+    const { rdev, dev } = fstatSync(slave)
+    return { terminal, slave, rdev, dev }
+  } catch (cause) {
+    terminal?.close()
+    const code = errnoOf(cause)
+    const happened = `the system gave ${code ?? String(cause)}`
+    if (code === 'EMFILE' || code === 'ENFILE') throw new WarmforkError('FDS_EXHAUSTED', { tried, happened, cause })
+    const remedy = code === 'ENOSPC' ? 'Close terminals, or raise kernel.pty.max.' : 'See whether /dev/ptmx is there.'
+    throw new WarmforkError('TEMPLATE_START_FAILED', { tried, happened, remedy, cause })
+  }
+}
+
 /** The last three lines, on one line. */
 export function lastLines(output: string): string {
   return output.trimEnd().split('\n').slice(-3).join(' | ').slice(-400)
@@ -253,7 +316,13 @@ export function quoted(command: readonly string[]): string {
  * libuv drops all supplementary groups when it changes the user; setpriv (util-linux) keeps those that the user has. And a
  * supervisor that is not root has criu's capabilities as ambient ones, which are not for the program.
  */
-function argvAs({ command, identity }: TemplateCommand): [string, ...string[]] {
+function argvAs(template: TemplateCommand): [string, ...string[]] {
+  const argv = argvAsUser(template)
+  // Of util-linux, as setpriv: leads a session of its own, whose terminal is its stdin.
+  return template.tty ? ['setsid', '--ctty', ...argv] : argv
+}
+
+function argvAsUser({ command, identity }: TemplateCommand): [string, ...string[]] {
   if (!needsSetpriv(identity)) {
     const ambient = process.platform === 'linux' && process.getuid?.() !== 0 && inheritedCapabilities() !== 0n
     return ambient ? ['setpriv', '--inh-caps=-all', '--ambient-caps=-all', '--', ...command] : [...command]
@@ -271,7 +340,7 @@ function identityOptions({ identity }: TemplateCommand): { uid?: number; gid?: n
   return identity.groups.length > 0 && ON_LINUX_AS_ROOT ? {} : { uid: identity.uid, gid: identity.gid }
 }
 
-function startError({ command, cwd }: TemplateCommand, error: unknown): WarmforkError {
+function startError({ command, cwd, tty }: TemplateCommand, error: unknown): WarmforkError {
   const tried = `start ${quoted(command)}`
   const code = errnoOf(error)
   if (code === 'EMFILE' || code === 'ENFILE') {
@@ -284,7 +353,7 @@ function startError({ command, cwd }: TemplateCommand, error: unknown): Warmfork
   const happened = !isDirectory
     ? `the working directory ${cwd} is no directory`
     : code === 'ENOENT'
-      ? `there is no program \`${command[0]}\``
+      ? `there is no program \`${tty ? 'setsid' : command[0]}\``
       : code === 'EACCES'
         ? `\`${command[0]}\` may not be executed`
         : (error as Error).message

@@ -296,7 +296,7 @@ describe('identity', () => {
 
   it('renames the session and the group of a terminal, and the thread that a timer signals', () => {
     const timers = { posix: [{ id: 0 }, { id: 1, notifyThreadId: 51 }] }
-    const tty = { id: 1, sid: 50, pgrp: 70 }
+    const tty = { id: 1, type: 5, sid: 50, pgrp: 70, rdev: 0x8803 }
     const set = image({
       processes: [
         { pid: 50, threads: [{ id: 50 }, { id: 51 }], timers },
@@ -306,7 +306,7 @@ describe('identity', () => {
     })
     expect(filesWithIds(set)).toEqual(['tty-info.img', 'core-50.img'])
     renameIdsInside(set, filesWithIds(set), ids)
-    expect(set.one('tty-info.img', TtyInfoEntry)).toEqual({ id: 1, sid: 1050, pgrp: 1070 })
+    expect(set.one('tty-info.img', TtyInfoEntry)).toEqual({ ...tty, sid: 1050, pgrp: 1070 })
     expect(set.core(50).task?.timers?.posix).toEqual([{ id: 0 }, { id: 1, notifyThreadId: 1051 }])
   })
 

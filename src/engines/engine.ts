@@ -4,6 +4,7 @@
  */
 import type { Readable, Writable } from 'node:stream'
 import type { ExitStatus } from '../linux/reaper.js'
+import type { Terminal } from '../terminal.js'
 
 export type EngineName = 'criu' | 'spawn'
 
@@ -19,10 +20,18 @@ export interface SourceProcess {
   readonly declaredEnv: Readonly<Record<string, string>>
   /** Inodes of the pipes on its descriptors 0, 1 and 2: what the stdio edit gives anew to each child. */
   readonly stdioInodes: readonly [bigint, bigint, bigint]
+  /** The pty that it was booted on, whose master is ours: each fork gets one of its own. */
+  readonly terminal?: SourceTerminal | undefined
   readonly uid: number
   readonly gid: number
   /** Connections of agents in the source to the supervisor: each fork gets a new one in place of each. */
   readonly channels: readonly SourceChannel[]
+}
+
+/** The slave side of a pty, as `fstat` names it. */
+export interface SourceTerminal {
+  readonly rdev: number
+  readonly dev: number
 }
 
 /** A connection of a process of the source to the supervisor. */
@@ -85,6 +94,8 @@ export interface ForkedProcess {
   readonly pipes: StdioFds | undefined
   /** The same as streams, from an engine that has no pipes of its own making (spawn on macOS). */
   readonly streams?: { readonly stdin: Writable; readonly stdout: Readable; readonly stderr: Readable } | undefined
+  /** Our end of its pty; undefined where the source had none. The taker closes it. */
+  readonly terminal?: Terminal | undefined
   readonly generation: number
   /** One for each channel of the source, in that order. */
   readonly channels: readonly ForkedChannel[]

@@ -11,6 +11,7 @@ import { dropFifoData, dropLocks, dropSizeChecks } from './edits/file-checks.js'
 import { findIdPlaces, pagesOf } from './edits/identity.js'
 import { inheritListeners, type Listener } from './edits/listeners.js'
 import { type KeptRun, type MemoryPlan, type PageFileCopy, planMemory } from './edits/memory.js'
+import { type InheritedTerminal, inheritTerminal } from './edits/terminal.js'
 import { type Range, wipeRanges, withoutRanges } from './edits/wipe.js'
 import { truncated } from './failure.js'
 import { ImageSet } from './image-set.js'
@@ -41,6 +42,7 @@ export interface PreparedImage {
   /** Bytes of memory that every fork copies. */
   copiedBytes: number
   listeners: Listener[]
+  terminal: InheritedTerminal[]
   /** What was edited, for people. */
   edits: {
     sharedBytes: number
@@ -74,6 +76,7 @@ export async function prepare(options: PrepareOptions): Promise<PreparedImage> {
     const locksDropped = dropLocks(set)
     dropFifoData(set)
     const listeners = inheritListeners(set)
+    const terminal = inheritTerminal(set)
 
     await writeImage(set, options, new Map(spaces.map((space) => [space.pid, space.pagesId])), plan)
     const pageFileRuns = plan.pageFileSize > 0 ? await writePageFile(options, spaces, plan) : []
@@ -83,6 +86,7 @@ export async function prepare(options: PrepareOptions): Promise<PreparedImage> {
       pageFileSize: plan.pageFileSize,
       copiedBytes: spaces.reduce((sum, { pid, pagesId }) => sum + copiedBytes(options.target, pid, pagesId, plan), 0),
       listeners,
+      terminal,
       edits: {
         sharedBytes: pageFileRuns.reduce((sum, [, length]) => sum + length, 0),
         mappings: plan.mappings,

@@ -248,6 +248,14 @@ const PidFd = message({
   owner: required(5, FileOwner),
 })
 
+const TtyFile = message({
+  id: required(1, 'uint32'),
+  /** Of its entry in `tty-info.img`. */
+  infoId: required(2, 'uint32'),
+  flags: required(3, 'uint32'),
+  owner: required(4, FileOwner),
+})
+
 /** Of the other kinds of open files only the owner matters here: it names a process. */
 const owned = (owner: number) => message({ id: required(1, 'uint32'), owner: required(owner, FileOwner) })
 
@@ -268,7 +276,7 @@ export const FileEntry = message({
   unix: optional(16, UnixSocket),
   fifo: optional(17, FifoFile),
   pipe: optional(18, PipeFile),
-  tty: optional(19, owned(4)),
+  tty: optional(19, TtyFile),
   memfd: optional(20, owned(4)),
   bpfMap: optional(21, owned(4)),
   pidfd: optional(22, PidFd),
@@ -299,8 +307,11 @@ export const REMAP_GHOST = 1
 
 export const TtyInfoEntry = message({
   id: required(1, 'uint32'),
+  type: required(2, 'enum'),
   sid: required(6, 'uint32'),
   pgrp: required(7, 'uint32'),
+  rdev: required(8, 'uint32'),
+  dev: optional(13, 'uint32'),
 })
 
 /** Heads of entries that raw bytes follow. */

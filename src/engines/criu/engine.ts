@@ -13,6 +13,7 @@ import {
   readlinkSync,
   rmSync,
   statfsSync,
+  statSync,
 } from 'node:fs'
 import { join } from 'node:path'
 import { WarmforkError } from '../../errors.js'
@@ -23,12 +24,21 @@ import { currentSurroundings } from '../../generations/surroundings.js'
 import { neededFiles } from '../../image/contents.js'
 import type { Listener } from '../../image/edits/listeners.js'
 import { stdioPipes } from '../../image/edits/stdio.js'
+import type { InheritedTerminal } from '../../image/edits/terminal.js'
 import type { Range } from '../../image/edits/wipe.js'
 import { ImageSet } from '../../image/image-set.js'
 import { prepare } from '../../image/prepare.js'
 import { pidfdGetfd, pidfdOpen } from '../../linux/libc.js'
 import { mappingsWithFlags, memoryUse, processTree } from '../../linux/proc.js'
-import type { CheckpointOptions, Engine, ForkSource, GenerationInfo, SourceChannel, SourceProcess } from '../engine.js'
+import type {
+  CheckpointOptions,
+  Engine,
+  ForkSource,
+  GenerationInfo,
+  SourceChannel,
+  SourceProcess,
+  SourceTerminal,
+} from '../engine.js'
 import { type Criu, findCriu, formatVersion } from './binary.js'
 import { dump } from './dump.js'
 import { CriuForkSource } from './fork-source.js'
@@ -64,6 +74,7 @@ interface EngineData {
   listeners: (Omit<Listener, 'address'> & { address: number[] })[]
   paths: SharedPath[]
   channels: SourceChannel[]
+  terminal: InheritedTerminal[]
 }
 
 /** Restorers kept started ahead: one for the next fork, one while that is being replaced. */
@@ -185,7 +196,7 @@ export class CriuEngine implements Engine {
       pid: source.pid,
       command: source.command,
       directory: paths.raw,
-      external: source.channels.map(({ inode }) => `unix[${inode}]`),
+      external: [...source.channels.map(({ inode }) => `unix[${inode}]`), ...externalTerminals(source.terminal)],
       timeoutMs: options.timeoutMs,
       signal: options.signal,
       onStart: (pid) => this.#launcher.started(pid),
@@ -208,6 +219,7 @@ export class CriuEngine implements Engine {
       // Made again by us, in directories that are another user's: that could be led astray.
       paths: this.#launcher.hasOtherWorker ? [] : sharedPaths(set),
       channels: [...source.channels],
+      terminal: prepared.terminal,
     }
     const filled: Filled = {
       memory: memory.mode,
@@ -223,6 +235,7 @@ export class CriuEngine implements Engine {
         listeners: data.listeners.map((listener) => ({ ...listener })),
         paths: data.paths.map((path) => ({ ...path })),
         channels: data.channels.map((channel) => ({ ...channel })),
+        terminal: data.terminal.map((description) => ({ ...description })),
       },
       checkpointMs: frozenMs,
       prepareMs: Math.round(performance.now() - before),
@@ -279,11 +292,12 @@ export class CriuEngine implements Engine {
   }
 
   #streamsAndListeners(generation: Generation) {
-    const { stdio, listeners, channels } = generation.manifest.engineData as unknown as EngineData
+    const { stdio, listeners, channels, terminal = [] } = generation.manifest.engineData as unknown as EngineData
     const sockets = this.#sockets.get(generation.number)
     return {
       stdio,
       channels,
+      terminal,
       listeners: listeners.map((listener) => {
         const descriptor = sockets?.get(listener.inode)
         if (descriptor === undefined) {
@@ -357,6 +371,13 @@ function takeSocket(pids: readonly number[], inode: number): number {
     happened: `the template has closed the socket with inode ${inode} since the checkpoint`,
     remedy: 'Take the checkpoint when the program has opened what it serves on.',
   })
+}
+
+/** In criu's words. The program can have it open as `/dev/tty` too, as shells do. */
+function externalTerminals(terminal: SourceTerminal | undefined): string[] {
+  if (!terminal) return []
+  const any = statSync('/dev/tty', { throwIfNoEntry: false })
+  return [terminal, ...(any ? [any] : [])].map(({ rdev, dev }) => `tty[${rdev.toString(16)}:${dev.toString(16)}]`)
 }
 
 function wipedRanges(pids: readonly number[]): Map<number, Range[]> {

@@ -10,10 +10,12 @@ import type { Generation } from '../../generations/generation.js'
 import type { Lease } from '../../generations/lease.js'
 import { ForkImage } from '../../image/derive.js'
 import type { Listener } from '../../image/edits/listeners.js'
+import type { InheritedTerminal } from '../../image/edits/terminal.js'
 import { ids } from '../../linux/ids.js'
 import { idInUse, sendSignal, signalNumber } from '../../linux/libc.js'
 import { runTrace, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
+import { Terminal } from '../../terminal.js'
 import type { ForkedChannel, ForkedProcess, ForkOptions, ForkSource, SourceChannel, StdioFds } from '../engine.js'
 import type { Launcher } from './launcher.js'
 import { explain, isIdCollision, isOutOfProcesses, summarize } from './log.js'
@@ -27,6 +29,7 @@ export interface SourceOptions {
   /** With the descriptor that children take each from. */
   listeners: readonly (Listener & { descriptor: number })[]
   channels: readonly SourceChannel[]
+  terminal: readonly InheritedTerminal[]
   /** Makes what an earlier child has removed again. */
   remakePaths: () => void
   deathSignal: boolean
@@ -183,7 +186,7 @@ export class CriuForkSource implements ForkSource {
     const image = this.#image
     const fresh = ids.take(image.ids.length)
     try {
-      const { launcher, generation, stdio, channels, listeners, directory } = this.#options
+      const { launcher, generation, stdio, terminal, channels, listeners, directory } = this.#options
       const derived = image.derive(this.#freshIds(image, fresh))
       this.#sequence += 1
       const restorer = new Restorer({
@@ -195,9 +198,11 @@ export class CriuForkSource implements ForkSource {
         directory: join(directory, `fork-${generation.number}-${this.#sequence}`),
         stdio,
         given,
+        terminal,
         channels: channels.map(({ inode }) => `socket:[${inode}]`),
         inherited: [...listeners.map(({ key, descriptor }) => ({ key, fd: descriptor })), ...this.#pageFiles],
         onPipeEnd: launcher.give,
+        onTerminal: launcher.giveTerminal,
         onPath: launcher.givePath,
       })
       launcher.started(restorer.pid)
@@ -257,7 +262,7 @@ export class CriuForkSource implements ForkSource {
   }
 
   async #adopt(
-    { pid, pipes, channels: fds }: RestoreOutcome & { ok: true },
+    { pid, pipes, terminal: master, channels: fds }: RestoreOutcome & { ok: true },
     { pids, image, fresh }: Started,
     relay: Relay | undefined,
   ): Promise<ForkedProcess> {
@@ -270,11 +275,12 @@ export class CriuForkSource implements ForkSource {
     } catch (error) {
       await endRestored(pids, startTicks)
       for (const one of pids) launcher.forget(one)
-      for (const fd of [...(pipes ?? []), ...fds]) closeSync(fd)
+      for (const fd of [...(pipes ?? []), ...(master === undefined ? [] : [master]), ...fds]) closeSync(fd)
       throw forkError(error)
     }
     const channels = this.#channelsOf(image, fresh, fds)
-    return new RestoredProcess(pid, pids, pipes, channels, generation.number, () => {
+    const terminal = master === undefined ? undefined : new Terminal(master)
+    return new RestoredProcess(pid, pids, pipes, terminal, channels, generation.number, () => {
       // What it has started may outlive it; by its group the guard finds that at the end.
       for (const one of pids) if (!idInUse(one)) launcher.forget(one)
       lease.release()
@@ -323,6 +329,7 @@ class RestoredProcess implements ForkedProcess {
     readonly pid: number,
     readonly pids: readonly number[],
     readonly pipes: StdioFds | undefined,
+    readonly terminal: Terminal | undefined,
     readonly channels: readonly ForkedChannel[],
     readonly generation: number,
     /** What it gives is waited for before the exit is told. */

@@ -4,6 +4,7 @@
  */
 import { chmodSync, chownSync, fchownSync } from 'node:fs'
 import { nowTicks, stat } from '../../linux/proc.js'
+import { giveSlave } from '../../linux/pty.js'
 import type { Criu } from './binary.js'
 import { ensureKernelCache } from './kdat.js'
 import { CRIU_CAPABILITIES } from './rights.js'
@@ -94,6 +95,11 @@ export class Launcher {
   /** Makes a descriptor of ours (a pipe's end, which criu opens again by its name) the worker's. */
   readonly give = (fd: number): void => {
     if (this.#other) fchownSync(fd, this.#other.uid, this.#other.gid)
+  }
+
+  /** The same for a terminal. */
+  readonly giveTerminal = (fd: number): void => {
+    if (this.#other) giveSlave(fd, this.#other.uid)
   }
 
   /** Lets the worker enter a directory of ours, but not list it. */

@@ -8,6 +8,7 @@ import { join } from 'node:path'
 import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises'
 import { errnoOf, WarmforkError } from '../../errors.js'
 import { type DerivedImage, writeDerived } from '../../image/derive.js'
+import type { InheritedTerminal } from '../../image/edits/terminal.js'
 import { DecodeError, decode } from '../../image/message.js'
 import {
   hasMessage,
@@ -20,6 +21,7 @@ import {
   waitChild,
 } from '../../linux/libc.js'
 import { ancestors, isThreadGroup, nowTicks, processTree, stat } from '../../linux/proc.js'
+import { openMaster, openSlave } from '../../linux/pty.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import { spawnProgram } from '../../linux/spawn.js'
 import type { StdioFds } from '../engine.js'
@@ -40,6 +42,8 @@ export interface RestorerOptions {
   stdio: readonly { stream: 0 | 1 | 2; key: string }[]
   /** The caller's descriptors in place of new pipes. */
   given: StdioFds | undefined
+  /** The open descriptions of the child's terminal, for which a pty is made; empty where it has none. */
+  terminal: readonly InheritedTerminal[]
   /** CRIU's keys of the connections that the child gets anew, each with its other end for us. */
   channels: readonly string[]
   /** Further descriptors that the restored process takes over: listeners, the page file. */
@@ -47,12 +51,14 @@ export interface RestorerOptions {
   unprivileged: boolean
   /** Called with each pipe end that the child gets, so that it can be made accessible to the child's user. */
   onPipeEnd: (fd: number) => void
+  /** The same for the terminal. */
+  onTerminal: (fd: number) => void
   /** The same for what is made in the directory. */
   onPath: (path: string) => void
 }
 
 export type RestoreOutcome =
-  | { ok: true; pid: number; pipes: StdioFds | undefined; channels: readonly number[] }
+  | { ok: true; pid: number; pipes: StdioFds | undefined; terminal: number | undefined; channels: readonly number[] }
   | { ok: false; log: string; timedOut: boolean; exit: string }
 
 /** Where criu's descriptors begin: 0 to 2 are its own, 3 is the socket. */
@@ -83,6 +89,8 @@ export class Restorer {
   readonly #keys: { key: string; fd: number }[]
   #socket: number
   #pipes: [number, number, number] | undefined
+  /** The master's descriptor. */
+  #terminal: number | undefined
   #channels: number[] = []
   #ended = false
 
@@ -97,9 +105,12 @@ export class Restorer {
       ours.push(mySocket)
       theirs.push(itsSocket)
       this.#socket = mySocket
-      const ends = options.given ?? this.#makePipes(ours, theirs)
+      const { stdio, given, terminal } = options
+      // A program on a terminal has no pipes, as a rule.
+      const ends = stdio.length === 0 && terminal.length > 0 ? undefined : (given ?? this.#makePipes(ours, theirs))
       const inherited = [
-        ...options.stdio.map(({ stream, key }) => ({ key, fd: ends[stream] })),
+        ...(ends ? stdio.map(({ stream, key }) => ({ key, fd: ends[stream] })) : []),
+        ...(terminal.length > 0 ? this.#makeTerminal(terminal, ours, theirs) : []),
         ...options.channels.map((key) => ({ key, fd: this.#makeChannel(ours, theirs) })),
         ...options.inherited,
       ]
@@ -153,6 +164,18 @@ export class Restorer {
     return [stdin.read, stdout.write, stderr.write]
   }
 
+  #makeTerminal(descriptions: readonly InheritedTerminal[], ours: number[], theirs: number[]) {
+    const master = openMaster()
+    ours.push(master)
+    this.#terminal = master
+    return descriptions.map(({ key, flags }, index) => {
+      const fd = openSlave(master, flags)
+      theirs.push(fd)
+      if (index === 0) this.#options.onTerminal(fd)
+      return { key, fd }
+    })
+  }
+
   #makeChannel(ours: number[], theirs: number[]): number {
     const [mine, its] = streamPair()
     ours.push(mine)
@@ -193,8 +216,10 @@ export class Restorer {
       answered = true
       if (response?.success && response.restored?.pid === derived.rootPid) {
         const pipes = this.#pipes
+        const terminal = this.#terminal
         this.#pipes = undefined
-        return { ok: true, pid: derived.rootPid, pipes, channels: this.#channels.splice(0) }
+        this.#terminal = undefined
+        return { ok: true, pid: derived.rootPid, pipes, terminal, channels: this.#channels.splice(0) }
       }
       // One in an uninterruptible wait does not end: then the fork fails all the same.
       const ended = await Promise.race([this.#exited, sleep(GONE_TIMEOUT_MS, undefined, { ref: false })])
@@ -259,7 +284,9 @@ export class Restorer {
   #giveBack(): void {
     closeSync(this.#socket)
     for (const fd of [...(this.#pipes ?? []), ...this.#channels.splice(0)]) closeSync(fd)
+    if (this.#terminal !== undefined) closeSync(this.#terminal)
     this.#pipes = undefined
+    this.#terminal = undefined
     // criu has read it; to remove it takes 1 ms, which the fork and its first answer need not wait for.
     setTimeout(() => this.#removeDirectory(), REMOVAL_DELAY_MS)
   }

@@ -150,6 +150,7 @@ class Parked implements ForkedProcess {
     const members = await stopTree(template)
     template.handOver()
     if (template.pipes) for (const fd of template.pipes.slice(1)) takeFromPipe(fd)
+    template.terminal?.discard()
     return new Parked(template, members, generation)
   }
 
@@ -163,6 +164,10 @@ class Parked implements ForkedProcess {
 
   get pipes(): StdioFds | undefined {
     return this.#template.pipes
+  }
+
+  get terminal() {
+    return this.#template.terminal
   }
 
   get streams() {
