@@ -13,7 +13,7 @@ import { WarmforkError } from './errors.js'
 import { descendants, isEnding, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
 import { OutputPipe, PIPE_BYTES, takeFromPipe } from './output-pipe.js'
-import type { Terminal } from './terminal.js'
+import type { Terminal, TerminalSize } from './terminal.js'
 
 /** A parked child has not run yet, a running one is the user's, an ended one has an exit status. */
 export type ChildState = 'parked' | 'running' | 'ended'
@@ -131,6 +131,12 @@ export class Child extends EventEmitter<ChildEvents> {
     return new Date(this.#parkedSince)
   }
 
+  /** What lives on with it where it is left behind. @internal */
+  get sparedPids(): readonly number[] {
+    const { namespaceInit } = this.#process
+    return namespaceInit === undefined ? [this.pid] : [this.pid, namespaceInit]
+  }
+
   /** The same as `exit`. @internal */
   get exited(): Promise<ExitStatus> {
     return this.exit
@@ -230,6 +236,7 @@ export class Child extends EventEmitter<ChildEvents> {
   async end(options: EndOptions = {}): Promise<ExitStatus> {
     const graceMs = this.#state === 'parked' ? 0 : (options.graceMs ?? this.#stopTimeoutMs)
     if (this.#state !== 'ended') await endTrees([this], graceMs)
+    this.#process.endRest?.()
     return this.exit
   }
 
@@ -265,16 +272,17 @@ export class Child extends EventEmitter<ChildEvents> {
   }
 
   /**
-   * Continues a parked child.
+   * Continues a parked child. A terminal is given its size before: then the program notices (SIGWINCH) before it does anything else.
    * @internal
    * @throws CHILD_GONE where it has ended
    */
-  resume(): void {
+  resume(size?: TerminalSize): void {
     if (this.#state === 'ended') throw this.#gone('continue it')
     if (this.#state === 'running') return
     // A signal to a process that has ended but was not reaped yet succeeds: look first. (Not afterwards: it may have done its work
     // by then, and somebody else would do it again.)
     if (process.platform === 'linux' && !this.#process.running && isEnding(this.pid)) throw this.#gone('continue it')
+    if (size) this.#terminal?.resize(size.columns, size.rows)
     this.#process.resume()
     this.#run()
   }

@@ -7,9 +7,10 @@ import { basename, extname, resolve } from 'node:path'
 import type { Logger } from 'pino'
 import { z } from 'zod'
 import { defaultRuntimeDirectory } from './control/runtime-directory.js'
-import type { MemoryMode } from './engines/engine.js'
+import type { IdentityMode, MemoryMode } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
 import { defaultRoot } from './generations/directories.js'
+import type { TerminalSize } from './terminal.js'
 
 /** What a condition or a warm-up of the embedder's sees of the template. */
 export interface TemplateView {
@@ -146,6 +147,11 @@ export interface TemplateOptions {
    * @default 5_000
    */
   stopTimeoutMs?: number
+  /**
+   * Boots it on a terminal, of 80 columns and 24 rows or of the size given, and gives each fork a terminal of its own. Linux only.
+   * @default false
+   */
+  tty?: boolean | TerminalSize
 }
 
 export interface PoolOptions {
@@ -232,6 +238,12 @@ export interface SupervisorOptions {
    */
   memory?: MemoryMode | 'auto'
   /**
+   * `fresh` gives each fork process and thread ids of its own. `namespace` gives it a pid namespace of its own, in which it keeps those of
+   * the template: for programs that cannot bear a new pid. docs/identity.md says when each.
+   * @default 'fresh'
+   */
+  identity?: IdentityMode
+  /**
    * When the template is ready.
    * @default `{ idleMs: 1000 }`
    */
@@ -309,9 +321,10 @@ export interface ResolvedOptions {
   readonly runtimeDirectory: string
   readonly engine: 'auto' | 'criu' | 'spawn'
   readonly memory: MemoryMode | 'auto'
+  readonly identity: IdentityMode
   readonly ready: Readiness
   readonly warmup: Warmup | undefined
-  readonly template: Readonly<Required<TemplateOptions>>
+  readonly template: Readonly<Required<Omit<TemplateOptions, 'tty'>>> & { readonly tty: TerminalSize | undefined }
   readonly pool: Readonly<Required<PoolOptions>>
   readonly crashes: Readonly<Required<CrashOptions>>
   readonly user: string | number | undefined
@@ -359,6 +372,11 @@ const isLogger = (value: unknown): value is Logger =>
   typeof value === 'object' &&
   value !== null &&
   LOG_LEVELS.every((level) => isFunction((value as Record<string, unknown>)[level]))
+
+const ttyWords = 'to be true, or an object with `columns` and `rows`'
+const cells = count(1).max(65_535, 'to be at most 65535')
+/** What a terminal can be told to be. */
+export const ttySchema = z.union([z.boolean(), z.strictObject({ columns: cells, rows: cells })], { error: ttyWords })
 
 const timeoutMs = positiveMs.optional()
 const READY_KINDS = {
@@ -420,6 +438,7 @@ const schema = z.strictObject(
     runtimeDirectory: filledText.optional(),
     engine: oneOf(['auto', 'criu', 'spawn']).optional(),
     memory: oneOf(['auto', 'cow', 'copy']).optional(),
+    identity: oneOf(['fresh', 'namespace']).optional(),
     ready: byKey(READY_KINDS).optional(),
     warmup: byKey(WARMUP_KINDS).optional(),
     template: group({
@@ -427,6 +446,7 @@ const schema = z.strictObject(
       bootTimeoutMs: positiveMs.optional(),
       restTimeoutMs: ms.optional(),
       stopTimeoutMs: ms.optional(),
+      tty: ttySchema.optional(),
     }).optional(),
     pool: group({
       size: count(0).optional(),
@@ -462,7 +482,7 @@ const schema = z.strictObject(
 /** Every key that an option object can have, by the path of that object; for the suggestion at an unknown one. */
 const KEYS: Record<string, string[]> = {
   '': Object.keys(schema.shape),
-  template: ['afterCheckpoint', 'bootTimeoutMs', 'restTimeoutMs', 'stopTimeoutMs'],
+  template: ['afterCheckpoint', 'bootTimeoutMs', 'restTimeoutMs', 'stopTimeoutMs', 'tty'],
   pool: ['size', 'maxParkedMs', 'refillConcurrency'],
   crashes: ['soonMs', 'delayAfter', 'giveUpAfter'],
   ready: [...new Set(Object.values(READY_KINDS).flatMap((kind) => Object.keys(kind.shape)))],
@@ -553,6 +573,7 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
     bootTimeoutMs: input.template?.bootTimeoutMs ?? 60_000,
     restTimeoutMs: input.template?.restTimeoutMs ?? 10_000,
     stopTimeoutMs: input.template?.stopTimeoutMs ?? 5_000,
+    tty: terminalSize(input.template?.tty),
   }
   const crashes = {
     soonMs: input.crashes?.soonMs ?? 1_000,
@@ -561,6 +582,9 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
   }
   if (crashes.giveUpAfter < crashes.delayAfter) {
     throw badOption('crashes.giveUpAfter', 'to be `crashes.delayAfter` or more', crashes.giveUpAfter)
+  }
+  if (template.tty && (input.stdio ?? 'pipe') !== 'pipe') {
+    throw badOption('stdio', 'not to be there beside `template.tty`, since forks have terminals then', input.stdio)
   }
   return {
     command: [...input.command],
@@ -571,6 +595,7 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
     runtimeDirectory: resolve(input.runtimeDirectory ?? defaultRuntimeDirectory()),
     engine: input.engine ?? 'auto',
     memory: input.memory ?? 'auto',
+    identity: input.identity ?? 'fresh',
     ready: readiness(input.ready ?? { idleMs: 1_000 }, cwd, template.bootTimeoutMs),
     warmup: input.warmup === undefined ? undefined : warmup(input.warmup),
     template,
@@ -590,6 +615,14 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
     checkpointTimeoutMs: input.checkpointTimeoutMs ?? 120_000,
     forkTimeoutMs: input.forkTimeoutMs ?? 10_000,
   }
+}
+
+/** That of a VT100, as every terminal emulator has it at first. */
+const DEFAULT_SIZE: TerminalSize = { columns: 80, rows: 24 }
+
+function terminalSize(tty: boolean | TerminalSize | undefined): TerminalSize | undefined {
+  if (!tty) return undefined
+  return tty === true ? DEFAULT_SIZE : { columns: tty.columns, rows: tty.rows }
 }
 
 function withoutUndefined(env: Readonly<Record<string, string | undefined>>): Record<string, string> {

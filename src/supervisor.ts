@@ -17,11 +17,19 @@ import { type ErrorCode, errnoOf, WarmforkError } from './errors.js'
 import type { Guard } from './guard/guard.js'
 import { type MemoryUse, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
-import { badOption, type ResolvedOptions, resolveOptions, type StdioOption, type SupervisorOptions } from './options.js'
+import {
+  badOption,
+  type ResolvedOptions,
+  resolveOptions,
+  type StdioOption,
+  type SupervisorOptions,
+  ttySchema,
+} from './options.js'
 import { Pool, type PoolState } from './pool.js'
 import { untilReady } from './readiness.js'
 import { untilAtRest } from './rest.js'
 import { Template } from './template.js'
+import type { TerminalSize } from './terminal.js'
 import { type Identity, resolveIdentity } from './user.js'
 import { warmUp } from './warmup.js'
 
@@ -66,6 +74,11 @@ export interface ForkRequest {
    * @default The supervisor's `stdio`
    */
   stdio?: StdioOption
+  /**
+   * The size of its terminal. Only where the template was booted on one, and then each fork has one.
+   * @default The size of the template's
+   */
+  tty?: true | TerminalSize
   /** Gives up waiting for the fork. */
   signal?: AbortSignal
   /** Not before agents: NEEDS_AGENT. */
@@ -118,7 +131,7 @@ export interface StopOptions {
 /** Longest delay of a Node timer. */
 const FOREVER_MS = 2 ** 31 - 1
 
-const FORK_KEYS = ['stdio', 'signal', 'args', 'env', 'cwd', 'data'] as const
+const FORK_KEYS = ['stdio', 'tty', 'signal', 'args', 'env', 'cwd', 'data'] as const
 const AGENT_KEYS = ['args', 'env', 'cwd', 'data'] as const
 const INHERITED: StdioFds = [0, 1, 2]
 
@@ -254,8 +267,9 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     request.signal?.throwIfAborted()
     await this.#waitForTurn(request.signal)
     const startedAt = performance.now()
-    const claimed = stdio === undefined ? this.#pool?.claim() : undefined
-    const child = claimed ?? (await this.#forkDirectly(stdio, request.signal))
+    const size = typeof request.tty === 'object' ? request.tty : undefined
+    const claimed = stdio === undefined ? this.#pool?.claim(size) : undefined
+    const child = claimed ?? (await this.#forkDirectly(stdio, request.signal, size))
     if (claimed) this.#forks.fromPool++
     else this.#forks.direct++
     this.#adopt(child, performance.now() - startedAt)
@@ -402,7 +416,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         })
       }
       const { CriuEngine } = await import('./engines/criu/engine.js')
-      const { name, store, orphans, forkTimeoutMs } = this.#options
+      const { name, store, orphans, identity, forkTimeoutMs } = this.#options
       return await CriuEngine.open({
         name,
         store,
@@ -411,6 +425,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         registry: this.#guard!,
         ...(this.#identity ? { worker: this.#identity } : {}),
         deathSignal: orphans === 'end',
+        identity,
         forkTimeoutMs,
       })
     } catch (error) {
@@ -455,6 +470,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
           declaredEnv.flatMap((key) => (env[key] === undefined ? [] : [[key, env[key]]])),
         ),
         identity: this.#identity,
+        tty: this.#options.template.tty,
       },
       stdio,
     )
@@ -515,7 +531,11 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     return new Child(forked, { stopTimeoutMs: this.#options.template.stopTimeoutMs })
   }
 
-  async #forkDirectly(stdio: StdioFds | undefined, signal: AbortSignal | undefined): Promise<Child> {
+  async #forkDirectly(
+    stdio: StdioFds | undefined,
+    signal: AbortSignal | undefined,
+    size: TerminalSize | undefined,
+  ): Promise<Child> {
     const making = this.#make(stdio)
     const settled = making.then(
       () => {},
@@ -526,7 +546,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     const interrupted = abortOf([this.#over.signal, signal])
     try {
       const child = await Promise.race([making, interrupted.promise])
-      child.resume()
+      child.resume(size)
       return child
     } catch (error) {
       this.#forks.failed++
@@ -546,7 +566,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   #adopt(child: Child, ms: number): void {
     this.#children.add(child)
-    if (this.#options.orphans === 'leave') this.#guard?.spare(child.pid)
+    if (this.#options.orphans === 'leave') for (const pid of child.sparedPids) this.#guard?.spare(pid)
     this.#log.info(`child pid=${child.pid} gen=${child.generation} forked ms=${ms.toFixed(1)}`)
     child.exit.then((status) => this.#ended(child, status))
     this.emit('child', child)
@@ -588,12 +608,28 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         happened: 'the program runs no agent',
       })
     }
+    this.#checkTerminal(request)
     const stdio = request.stdio ?? this.#options.stdio
     if (stdio === 'pipe') return undefined
     if (stdio === 'inherit') return INHERITED
     if (Array.isArray(stdio) && stdio.length === 3 && stdio.every((fd) => Number.isInteger(fd) && fd >= 0))
       return stdio as unknown as StdioFds
     throw badOption('stdio', "to be 'pipe', 'inherit' or three descriptors", stdio)
+  }
+
+  #checkTerminal({ tty, stdio }: ForkRequest): void {
+    const hasTerminal = this.#options.template.tty !== undefined
+    if (hasTerminal && stdio !== undefined && stdio !== 'pipe') {
+      throw badOption('stdio', 'not to be there, since the template was booted on a terminal', stdio, 'Use `tty`.')
+    }
+    if (tty === undefined) return
+    if (!hasTerminal) {
+      const remedy = 'Start the supervisor with `template: { tty: true }`, or `warmfork run --tty`.'
+      throw badOption('tty', 'not to be there, since the template was not booted on a terminal', tty, remedy)
+    }
+    if ((tty as boolean) === false || !ttySchema.safeParse(tty).success) {
+      throw badOption('tty', 'to be true, or an object with `columns` and `rows` from 1 to 65535', tty)
+    }
   }
 
   /** @throws CRASH_LOOP */

@@ -11,6 +11,9 @@ export type EngineName = 'criu' | 'spawn'
 /** How a generation gives its children their memory: shared copy-on-write, or copied at each fork. */
 export type MemoryMode = 'cow' | 'copy'
 
+/** Whether a fork gets ids of its own, or keeps those of the source in a pid namespace of its own. */
+export type IdentityMode = 'fresh' | 'namespace'
+
 /** A running program that a checkpoint can be taken of: a template, or (refork) a warmed child. */
 export interface SourceProcess {
   readonly pid: number
@@ -45,7 +48,7 @@ export interface SourceChannel {
 export interface ForkedChannel {
   /** The process of the source whose connection it takes the place of. */
   readonly sourcePid: number
-  /** The process of the fork, and its parent. */
+  /** The process of the fork, and its parent, by the ids that they themselves see; 0 where the parent is in another namespace. */
   readonly pid: number
   readonly ppid: number
   /** Fresh ids of the process's threads, by those in the source. */
@@ -97,6 +100,8 @@ export interface ForkedProcess {
   /** Our end of its pty; undefined where the source had none. The taker closes it. */
   readonly terminal?: Terminal | undefined
   readonly generation: number
+  /** The first process of its pid namespace, where it has one: all that lives in there ends with it. */
+  readonly namespaceInit?: number | undefined
   /** One for each channel of the source, in that order. */
   readonly channels: readonly ForkedChannel[]
   readonly exited: Promise<ExitStatus>
@@ -108,6 +113,8 @@ export interface ForkedProcess {
   onStrayResume?: () => void
   /** Sends a signal to the root; false where it is gone. */
   kill(signal: NodeJS.Signals): boolean
+  /** Kills what is left of it where that can be told for sure: in a pid namespace of its own. */
+  endRest?(): void
 }
 
 /** Where forks of one generation come from. */

@@ -62,12 +62,13 @@ export class ForkImage {
   readonly #withIds: string[]
 
   /**
-   * `deathSignal`: forks stop with their supervisor. `replaced`: files that are to be taken from elsewhere.
+   * `deathSignal`: forks stop with their supervisor. `replaced`: files that are to be taken from elsewhere. `keepsIds`: forks have
+   * the ids of the image (in a pid namespace each), and memory is left as it is.
    * Throws IMAGE_TRUNCATED, IMAGE_CORRUPT, IMAGE_VERSION, IMAGE_UNSUPPORTED.
    */
   constructor(
     readonly directory: string,
-    options: { deathSignal: boolean; replaced?: ReadonlyMap<string, string> },
+    options: { deathSignal: boolean; keepsIds?: boolean; replaced?: ReadonlyMap<string, string> },
   ) {
     const set = ImageSet.read(directory)
     this.#set = set
@@ -76,13 +77,16 @@ export class ForkImage {
     this.processes = processes.map(({ pid, ppid, threads }) => ({ pid, ppid, threads: [...threads] }))
     this.pids = processes.map(({ pid }) => pid)
     this.rootPid = this.pids[0]!
-    this.#pages = processes.filter(({ dead }) => !dead).map((process) => loadPages(set, process))
+    this.#pages = options.keepsIds
+      ? []
+      : processes.filter(({ dead }) => !dead).map((process) => loadPages(set, process))
     if (options.deathSignal) setDeathSignal(set)
     if (options.replaced && options.replaced.size > 0) replaceFiles(set, options.replaced)
     this.#withIds = filesWithIds(set)
   }
 
-  derive(ids: FreshIds): DerivedImage {
+  /** `fork`: a number that no other fork under way has; by default the root's id is one. */
+  derive(ids: FreshIds, fork?: number): DerivedImage {
     const set = this.#set.copy()
     const tree = renamedTree(set, ids)
     set.put('pstree.img', PstreeEntry, tree)
@@ -91,7 +95,7 @@ export class ForkImage {
     const links = new Map<string, string>()
     for (const pages of this.#pages) this.#addPages(set, pages, ids, files, links)
     const rootPid = ids.get(this.rootPid)!
-    const ghosts = renumberGhosts(set, rootPid)
+    const ghosts = renumberGhosts(set, fork ?? rootPid)
     const changed = new Set(set.changed)
     for (const name of set.names) {
       const renamed = ghosts.get(name) ?? renamedFile(name, ids)

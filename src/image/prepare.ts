@@ -33,6 +33,8 @@ export interface PrepareOptions {
   isShared: (pid: number) => boolean
   /** Wipe-on-fork ranges seen in the processes, by pid; those that the image names are added. */
   wipe?: ReadonlyMap<number, readonly Range[]>
+  /** Forks keep the ids of the image: places that remember them need not be known. @default false */
+  keepsIds?: boolean
 }
 
 export interface PreparedImage {
@@ -62,7 +64,7 @@ export async function prepare(options: PrepareOptions): Promise<PreparedImage> {
   const living = set.processes().filter(({ dead }) => !dead)
   const spaces = living.map(({ pid }) => new AddressSpace(set, pid))
   try {
-    const places = living.map((process, i) => findIdPlaces(set, process, spaces[i]!))
+    const places = living.map((process, i) => findIdPlaces(set, process, spaces[i]!, options.keepsIds))
     const wiped = living.map(({ pid }) => wipeRanges(set, pid, options.wipe?.get(pid)))
     const processes = spaces.map((memory, i) => ({
       memory,

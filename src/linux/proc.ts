@@ -134,16 +134,27 @@ export function ancestors(pid: number): number[] {
   return found
 }
 
+/** The children of a process, in the order in which they came to it (for each of its threads). */
+export function children(pid: number): number[] {
+  return threadIds(pid).flatMap((thread) =>
+    (read(`/proc/${pid}/task/${thread}/children`) ?? '').split(' ').filter(Boolean).map(Number),
+  )
+}
+
+/** The id that a process has in its own pid namespace. */
+export function namespacePid(pid: number): number | undefined {
+  const line = /^NSpid:\t(.*)$/m.exec(read(`/proc/${pid}/status`) ?? '')?.[1]
+  return line === undefined ? undefined : Number(line.split('\t').at(-1))
+}
+
 /** All that descend from a process, without a look at the other processes of the machine (`children` files, CONFIG_PROC_CHILDREN). */
 export function descendants(root: number): number[] {
   const found: number[] = []
   const queue = [root]
   for (let pid = queue.pop(); pid !== undefined; pid = queue.pop()) {
-    for (const thread of threadIds(pid)) {
-      const children = (read(`/proc/${pid}/task/${thread}/children`) ?? '').split(' ').filter(Boolean).map(Number)
-      found.push(...children)
-      queue.push(...children)
-    }
+    const below = children(pid)
+    found.push(...below)
+    queue.push(...below)
   }
   return found
 }

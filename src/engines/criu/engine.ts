@@ -35,6 +35,7 @@ import type {
   Engine,
   ForkSource,
   GenerationInfo,
+  IdentityMode,
   SourceChannel,
   SourceProcess,
   SourceTerminal,
@@ -63,6 +64,8 @@ export interface CriuEngineOptions {
   worker?: Worker
   /** Whether children are stopped by the kernel when the supervisor is gone, until the guard ends them. */
   deathSignal: boolean
+  /** Whether children get ids of their own, or keep those of the source in a pid namespace each. @default 'fresh' */
+  identity?: IdentityMode
   forkTimeoutMs: number
   /** An explicit criu. @default see `findCriu` */
   criu?: string
@@ -210,6 +213,7 @@ export class CriuEngine implements Engine {
       pageFile: paths.pageFile,
       isShared: memory.isShared,
       wipe,
+      keepsIds: this.#options.identity === 'namespace',
     })
     options.signal?.throwIfAborted()
     const set = ImageSet.read(paths.raw)
@@ -260,6 +264,7 @@ export class CriuEngine implements Engine {
       ...this.#streamsAndListeners(generation),
       remakePaths: () => this.#remakePaths(paths),
       deathSignal: this.#options.deathSignal,
+      identity: this.#options.identity ?? 'fresh',
       directory: this.#forks,
       timeoutMs: this.#options.forkTimeoutMs,
       ahead: AHEAD,

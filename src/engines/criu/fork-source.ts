@@ -16,9 +16,18 @@ import { idInUse, sendSignal, signalNumber } from '../../linux/libc.js'
 import { runTrace, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import { Terminal } from '../../terminal.js'
-import type { ForkedChannel, ForkedProcess, ForkOptions, ForkSource, SourceChannel, StdioFds } from '../engine.js'
+import type {
+  ForkedChannel,
+  ForkedProcess,
+  ForkOptions,
+  ForkSource,
+  IdentityMode,
+  SourceChannel,
+  StdioFds,
+} from '../engine.js'
 import type { Launcher } from './launcher.js'
 import { explain, isIdCollision, isOutOfProcesses, summarize } from './log.js'
+import type { PidNamespace } from './namespace.js'
 import { Relay } from './relay.js'
 import { endRestored, forkError, type RestoreOutcome, Restorer } from './restorer.js'
 
@@ -33,6 +42,7 @@ export interface SourceOptions {
   /** Makes what an earlier child has removed again. */
   remakePaths: () => void
   deathSignal: boolean
+  identity: IdentityMode
   /** Where derived directories are made. */
   directory: string
   timeoutMs: number
@@ -138,7 +148,8 @@ export class CriuForkSource implements ForkSource {
       return outcome
     } finally {
       launcher.ended(restorer.pid)
-      if (!ok) for (const pid of pids) launcher.forget(pid)
+      const namespace = restorer.namespace ? [restorer.namespace.init] : []
+      if (!ok) for (const pid of [...pids, ...namespace]) launcher.forget(pid)
       ids.release(fresh)
     }
   }
@@ -154,7 +165,15 @@ export class CriuForkSource implements ForkSource {
 
   #load(): ForkImage {
     const { generation, deathSignal } = this.#options
-    return new ForkImage(generation.imageDirectory, { deathSignal, replaced: this.#replaced })
+    return new ForkImage(generation.imageDirectory, {
+      deathSignal,
+      keepsIds: this.#keepsIds,
+      replaced: this.#replaced,
+    })
+  }
+
+  get #keepsIds(): boolean {
+    return this.#options.identity === 'namespace'
   }
 
   /** Nobody touched the generation; and mapped files that were upgraded since are taken from where they were kept. */
@@ -184,15 +203,17 @@ export class CriuForkSource implements ForkSource {
 
   #start(given: StdioFds | undefined): Started {
     const image = this.#image
-    const fresh = ids.take(image.ids.length)
+    // One that nobody else has names a fork that keeps its ids.
+    const fresh = ids.take(this.#keepsIds ? 1 : image.ids.length)
     try {
       const { launcher, generation, stdio, terminal, channels, listeners, directory } = this.#options
-      const derived = image.derive(this.#freshIds(image, fresh))
+      const derived = image.derive(this.#freshIds(image, fresh), fresh[0])
       this.#sequence += 1
       const restorer = new Restorer({
         argv: launcher.argv,
         env: launcher.env,
         unprivileged: launcher.unprivileged,
+        namespaceIds: this.#keepsIds ? image.ids : undefined,
         derived,
         preparedDirectory: generation.imageDirectory,
         directory: join(directory, `fork-${generation.number}-${this.#sequence}`),
@@ -206,7 +227,9 @@ export class CriuForkSource implements ForkSource {
         onPath: launcher.givePath,
       })
       launcher.started(restorer.pid)
-      return { restorer, fresh, image, pids: derived.pids }
+      // Whatever comes to be in there ends with its first process.
+      if (restorer.namespace) launcher.track(restorer.namespace.init)
+      return { restorer, fresh, image, pids: this.#pidsOf(image, fresh) }
     } catch (error) {
       ids.release(fresh)
       throw error
@@ -214,10 +237,12 @@ export class CriuForkSource implements ForkSource {
   }
 
   #freshIds(image: ForkImage, fresh: readonly number[]): Map<number, number> {
-    return new Map(image.ids.map((id, index) => [id, fresh[index]!]))
+    return new Map(image.ids.map((id, index) => [id, this.#keepsIds ? id : fresh[index]!]))
   }
 
+  /** What the processes will be called outside; of those in a namespace that is not known before. */
   #pidsOf(image: ForkImage, fresh: readonly number[]): number[] {
+    if (this.#keepsIds) return []
     const renamed = this.#freshIds(image, fresh)
     return image.pids.map((pid) => renamed.get(pid)!)
   }
@@ -230,8 +255,8 @@ export class CriuForkSource implements ForkSource {
       return {
         sourcePid: pid,
         pid: renamed.get(pid)!,
-        // The root's parent is this process: it is restored as our child.
-        ppid: renamed.get(ppid) ?? process.pid,
+        // The root's parent is this process: it is restored as our child, and does not see us from inside a namespace.
+        ppid: renamed.get(ppid) ?? (this.#keepsIds ? 0 : process.pid),
         threads: new Map(threads.map((thread) => [thread, renamed.get(thread)!])),
         fd: fds[index]!,
       }
@@ -259,28 +284,32 @@ export class CriuForkSource implements ForkSource {
     await restorer.discard()
     ids.release(fresh)
     this.#options.launcher.ended(restorer.pid)
+    if (restorer.namespace) this.#options.launcher.forget(restorer.namespace.init)
   }
 
   async #adopt(
-    { pid, pipes, terminal: master, channels: fds }: RestoreOutcome & { ok: true },
-    { pids, image, fresh }: Started,
+    { pid, pids: outside, pipes, terminal: master, channels: fds }: RestoreOutcome & { ok: true },
+    { restorer, pids: chosen, image, fresh }: Started,
     relay: Relay | undefined,
   ): Promise<ForkedProcess> {
     const { generation, launcher } = this.#options
+    const pids = outside ?? chosen
+    const { namespace } = restorer
+    if (namespace) void namespace.ended.then(() => launcher.forget(namespace.init))
     const startTicks = stat(pid)?.startTicks ?? 0
     for (const one of pids) launcher.track(one)
     let lease: Lease
     try {
       lease = generation.lease(pid, startTicks)
     } catch (error) {
-      await endRestored(pids, startTicks)
+      await (namespace ? namespace.end() : endRestored(pids, startTicks))
       for (const one of pids) launcher.forget(one)
       for (const fd of [...(pipes ?? []), ...(master === undefined ? [] : [master]), ...fds]) closeSync(fd)
       throw forkError(error)
     }
     const channels = this.#channelsOf(image, fresh, fds)
     const terminal = master === undefined ? undefined : new Terminal(master)
-    return new RestoredProcess(pid, pids, pipes, terminal, channels, generation.number, () => {
+    return new RestoredProcess(pid, pids, pipes, terminal, channels, generation.number, namespace, () => {
       // What it has started may outlive it; by its group the guard finds that at the end.
       for (const one of pids) if (!idInUse(one)) launcher.forget(one)
       lease.release()
@@ -332,6 +361,7 @@ class RestoredProcess implements ForkedProcess {
     readonly terminal: Terminal | undefined,
     readonly channels: readonly ForkedChannel[],
     readonly generation: number,
+    readonly namespace: PidNamespace | undefined,
     /** What it gives is waited for before the exit is told. */
     onExit: () => Promise<void> | undefined,
   ) {
@@ -358,6 +388,14 @@ class RestoredProcess implements ForkedProcess {
 
   get running(): boolean {
     return this.#running
+  }
+
+  get namespaceInit(): number | undefined {
+    return this.namespace?.init
+  }
+
+  endRest(): void {
+    this.namespace?.kill()
   }
 
   resume(): void {

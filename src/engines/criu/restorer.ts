@@ -27,6 +27,7 @@ import { spawnProgram } from '../../linux/spawn.js'
 import type { StdioFds } from '../engine.js'
 import { restoreRequest } from './args.js'
 import { readLog, takenId } from './log.js'
+import { PidNamespace } from './namespace.js'
 import { Response } from './rpc.js'
 
 export interface RestorerOptions {
@@ -49,6 +50,8 @@ export interface RestorerOptions {
   /** Further descriptors that the restored process takes over: listeners, the page file. */
   inherited: readonly { key: string; fd: number }[]
   unprivileged: boolean
+  /** All ids of the image, where it is restored with them into a pid namespace of its own. */
+  namespaceIds?: readonly number[] | undefined
   /** Called with each pipe end that the child gets, so that it can be made accessible to the child's user. */
   onPipeEnd: (fd: number) => void
   /** The same for the terminal. */
@@ -58,7 +61,7 @@ export interface RestorerOptions {
 }
 
 export type RestoreOutcome =
-  | { ok: true; pid: number; pipes: StdioFds | undefined; terminal: number | undefined; channels: readonly number[] }
+  | { ok: true; pid: number; pids?: number[] | undefined; pipes: StdioFds | undefined; terminal: number | undefined; channels: readonly number[] }
   | { ok: false; log: string; timedOut: boolean; exit: string }
 
 /** Where criu's descriptors begin: 0 to 2 are its own, 3 is the socket. */
@@ -82,6 +85,7 @@ export class Restorer {
   readonly #options: RestorerOptions
   /** Of criu itself. */
   readonly pid: number
+  readonly namespace: PidNamespace | undefined
   /** When the restore was asked for, in clock ticks: nothing of it is older. */
   #requestedAt = 0
   readonly #exited: Promise<ExitStatus>
@@ -121,7 +125,12 @@ export class Restorer {
       const nowhere = openSync('/dev/null', 'r+')
       theirs.push(nowhere)
       const fds = [nowhere, nowhere, words, itsSocket, ...inherited.map(({ fd }) => fd)]
-      this.pid = spawnProgram([...options.argv, 'swrk', '3'], options.env, fds)
+      const argv = [...options.argv, 'swrk', '3']
+      if (options.namespaceIds) {
+        const { env, namespaceIds: ids } = options
+        this.namespace = new PidNamespace({ argv, env, fds, ids, rootId: options.derived.rootPid })
+      }
+      this.pid = this.namespace?.criu ?? spawnProgram(argv, options.env, fds)
     } catch (error) {
       for (const fd of ours) closeSync(fd)
       this.#removeDirectory()
@@ -215,11 +224,12 @@ export class Restorer {
       const response = await Promise.race([this.#exchange(request), late])
       answered = true
       if (response?.success && response.restored?.pid === derived.rootPid) {
+        const ids = this.#outsideIds()
         const pipes = this.#pipes
         const terminal = this.#terminal
         this.#pipes = undefined
         this.#terminal = undefined
-        return { ok: true, pid: derived.rootPid, pipes, terminal, channels: this.#channels.splice(0) }
+        return { ok: true, pid: ids?.[0] ?? derived.rootPid, pids: ids, pipes, terminal, channels: this.#channels.splice(0) }
       }
       // One in an uninterruptible wait does not end: then the fork fails all the same.
       const ended = await Promise.race([this.#exited, sleep(GONE_TIMEOUT_MS, undefined, { ref: false })])
@@ -239,7 +249,17 @@ export class Restorer {
     this.#ended = true
     this.#giveBack()
     this.#kill()
+    await this.namespace?.end()
     await this.#exited
+  }
+
+  /** What the restored processes are called outside of their namespace; the namespace is theirs from here on. */
+  #outsideIds(): number[] | undefined {
+    if (!this.namespace) return undefined
+    const { rootPid, pids } = this.#options.derived
+    const outside = this.namespace.outsideIds(rootPid)
+    this.namespace.keep()
+    return pids.flatMap((pid) => outside.get(pid) ?? [])
   }
 
   async #exchange(request: Uint8Array): Promise<Response | undefined> {
@@ -271,6 +291,7 @@ export class Restorer {
   /** With criu gone nobody else ends what a failed restore has left: criu's own helpers, and what was restored by then. */
   async #endRemains(log: string): Promise<void> {
     endGroup(this.pid)
+    if (this.namespace) return this.namespace.end()
     const { pids, rootPid } = this.#options.derived
     // An id that was taken is somebody else's. With the root's, nothing of ours came to be.
     const taken = takenId(log)

@@ -13,13 +13,13 @@ export const ghostFile = (id: number) => `ghost-file-${id.toString(16)}.img`
 const PER_PROCESS = 1024
 
 /** Numbers the ghosts by the root's new id. Returns the new names of their image files, by the old ones. */
-export function renumberGhosts(set: ImageSet, rootPid: number): Map<string, string> {
+export function renumberGhosts(set: ImageSet, fork: number): Map<string, string> {
   const remaps = set.remaps()
   const ghosts = remaps.filter(({ type }) => type === REMAP_GHOST)
   if (ghosts.length === 0) return new Map()
   // Several open files can share one ghost.
   const olds = [...new Set(ghosts.map(({ remapId }) => remapId))]
-  const numbers = new Map(olds.map((old, index) => [old, (rootPid * PER_PROCESS + index) % 2 ** 32]))
+  const numbers = new Map(olds.map((old, index) => [old, (fork * PER_PROCESS + index) % 2 ** 32]))
   for (const ghost of ghosts) ghost.remapId = numbers.get(ghost.remapId)!
   set.put('remap-fpath.img', RemapEntry, remaps)
   return new Map([...numbers].map(([old, number]) => [ghostFile(old), ghostFile(number)]))

@@ -35,18 +35,19 @@ const GO_M_SEARCHED_BYTES = 128
 const pageOf = (address: bigint) => address & ~BigInt(PAGE - 1)
 
 /**
- * Every place in a process's memory that remembers one of its thread ids. Throws IMAGE_UNSUPPORTED where a process of
- * several threads keeps an id nowhere that is known.
+ * Every place in a process's memory that remembers one of its thread ids. Throws IMAGE_UNSUPPORTED where a process keeps an
+ * id nowhere that is known, unless `keepsIds` says that its ids stay as they are.
  */
-export function findIdPlaces(set: ImageSet, process: PstreeEntry, memory: AddressSpace): IdPlace[] {
+export function findIdPlaces(set: ImageSet, process: PstreeEntry, memory: AddressSpace, keepsIds = false): IdPlace[] {
   const places: IdPlace[] = []
   for (const threadId of process.threads) {
     const found = placesOfThread(set, threadId, memory)
     const core = set.core(threadId)
-    if (found.length === 0 && (process.threads.length > 1 || core.x86?.clearTidAddr)) {
+    if (!keepsIds && found.length === 0 && (process.threads.length > 1 || core.x86?.clearTidAddr)) {
       throw unsupported(
         `give thread ${threadId} of process ${process.pid} (${core.thread?.comm ?? core.task?.comm}) an id of its own`,
         'its C library or runtime is none of glibc, musl and Go, or keeps the id elsewhere',
+        "Set `identity: 'namespace'`, with which forks keep their ids; docs/identity.md says what that means.",
       )
     }
     places.push(...found)
