@@ -219,12 +219,16 @@ export const UnixSocket = message({
   peer: required(8, 'uint32'),
   owner: required(9, FileOwner),
   name: required(11, 'bytes'),
+  /** See SHUTDOWN_BOTH. */
+  shutdown: optional(12, 'enum'),
   /** Where a relative name begins. */
   nameDirectory: optional(14, 'string'),
   /** Its path was removed. */
   deleted: optional(15, 'bool'),
 })
 export type UnixSocket = MessageOf<typeof UnixSocket>
+/** Neither side of a connection sends any more. */
+export const SHUTDOWN_BOTH = 3
 
 /** A FIFO; `fileId` is the regular file's entry that has its path. */
 const FifoFile = message({ id: required(1, 'uint32'), pipeId: required(2, 'uint32'), fileId: optional(3, 'uint32') })
@@ -256,6 +260,13 @@ const TtyFile = message({
   owner: required(4, FileOwner),
 })
 
+const EventPoll = message({
+  id: required(1, 'uint32'),
+  flags: required(2, 'uint32'),
+  owner: required(3, FileOwner),
+  watched: repeated(4, message({ fd: required(2, 'uint32') })),
+})
+
 /** Of the other kinds of open files only the owner matters here: it names a process. */
 const owned = (owner: number) => message({ id: required(1, 'uint32'), owner: required(owner, FileOwner) })
 
@@ -267,7 +278,7 @@ export const FileEntry = message({
   packet: optional(6, owned(6)),
   netlink: optional(7, owned(11)),
   eventfd: optional(8, owned(3)),
-  eventpoll: optional(9, owned(3)),
+  eventpoll: optional(9, EventPoll),
   signalfd: optional(10, owned(3)),
   timerfd: optional(12, owned(3)),
   inotify: optional(13, owned(4)),
@@ -327,4 +338,12 @@ export const GhostFile = message({ chunks: optional(9, 'bool') })
 export const GhostChunk = message({ length: required(1, 'uint64'), offset: required(2, 'uint64') })
 
 /** Flags of open(2) that the edits look at. */
-export const OPEN = { ACCMODE: 0o3, WRONLY: 0o1, RDWR: 0o2, NONBLOCK: 0o4000 } as const
+export const OPEN = {
+  ACCMODE: 0o3,
+  WRONLY: 0o1,
+  RDWR: 0o2,
+  APPEND: 0o2000,
+  NONBLOCK: 0o4000,
+  CLOEXEC: 0o2000000,
+  PATH: 0o10000000,
+} as const

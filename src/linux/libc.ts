@@ -2,6 +2,7 @@
  * The system calls that Node lacks, through koffi. Everything that is particular to x86-64 (system call numbers)
  * stands in this file. Each function throws a `SystemError` with `code` (`EAGAIN` …), like Node's own.
  */
+import { closeSync } from 'node:fs'
 import { constants } from 'node:os'
 import koffi from 'koffi'
 
@@ -10,6 +11,8 @@ const lib = koffi.load(null)
 const c = {
   waitpid: lib.func('int waitpid(int pid, _Out_ int *status, int options)'),
   pipe2: lib.func('int pipe2(_Out_ int *fds, int flags)'),
+  socket: lib.func('int socket(int domain, int type, int protocol)'),
+  connect: lib.func('int connect(int fd, const void *address, unsigned int length)'),
   socketpair: lib.func('int socketpair(int domain, int type, int protocol, _Out_ int *fds)'),
   fcntl: lib.func('int fcntl(int fd, int command, int argument)'),
   flock: lib.func('int flock(int fd, int operation)'),
@@ -92,6 +95,40 @@ export function streamPair(): [number, number] {
 export function send(fd: number, data: Uint8Array): void {
   const MSG_NOSIGNAL = 0x4000
   check('send', c.send(fd, data, data.length, MSG_NOSIGNAL))
+}
+
+/** A socket, close-on-exec. */
+export function socket(domain: number, type: number, protocol: number): number {
+  return check('socket', c.socket(domain, type | O_CLOEXEC, protocol))
+}
+
+/** Reads one message into a buffer, waiting for it; gives its length. */
+export function receive(fd: number, buffer: Uint8Array): number {
+  return check('recv', Number(c.recv(fd, buffer, buffer.length, 0)))
+}
+
+/** Whether somebody takes datagrams at a Unix socket's address (as the kernel has it: a path, or a name with a zero first). */
+export function takesDatagrams(address: Uint8Array): boolean {
+  const [AF_UNIX, SOCK_DGRAM] = [1, 2]
+  const fd = socket(AF_UNIX, SOCK_DGRAM, 0)
+  try {
+    const family = Buffer.from(Uint16Array.of(AF_UNIX).buffer)
+    const whole = Buffer.concat([family, address])
+    return c.connect(fd, whole, whole.length) === 0
+  } finally {
+    closeSync(fd)
+  }
+}
+
+/** Of a socket, its family (`AF_INET` is 2) and protocol. */
+export function socketFamily(fd: number): { family: number; protocol: number } {
+  const [SOL_SOCKET, SO_PROTOCOL, SO_DOMAIN] = [1, 38, 39]
+  const read = (name: number) => {
+    const value = Buffer.alloc(4)
+    check('getsockopt', c.getsockopt(fd, SOL_SOCKET, name, value, [4]))
+    return value.readInt32LE()
+  }
+  return { family: read(SO_DOMAIN), protocol: read(SO_PROTOCOL) }
 }
 
 /** Whether a message waits to be read. */
