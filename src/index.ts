@@ -39,3 +39,4 @@ export {
   type TemplateState,
   type Warning,
 } from './supervisor.js'
+export type { Terminal, TerminalSize } from './terminal.js'

@@ -28,14 +28,14 @@ export class Terminal extends Duplex {
     this.on('error', () => {})
   }
 
-  /** Columns and rows as they are now; those of the last moment where it is closed. */
+  /** Columns and rows as they are now; 0 where it is closed. */
   get size(): TerminalSize {
-    return this.#over ? { columns: 0, rows: 0 } : windowSize(this.#fd)
+    return this.#closed ? { columns: 0, rows: 0 } : windowSize(this.#fd)
   }
 
   /** Where that is another size, the program in the foreground gets SIGWINCH. Nothing happens where it is closed. */
   resize(columns: number, rows: number): void {
-    if (!this.#over) setWindowSize(this.#fd, { columns, rows })
+    if (!this.#closed) setWindowSize(this.#fd, { columns, rows })
   }
 
   /** Hangs up: the program gets SIGHUP, and its next read an end of file. */
@@ -65,18 +65,23 @@ export class Terminal extends Duplex {
     if (this.#over) return
     // What the socket has read already comes first; `read` hands it to the listener.
     while (this.#socket && this.#socket.read() !== null);
-    for (const chunk of takeFromMaster(this.#fd).chunks) this.push(chunk)
+    if (!this.#closed) for (const chunk of takeFromMaster(this.#fd).chunks) this.push(chunk)
     this.#finish()
   }
 
   /** Drops what was shown so far. @internal */
   discard(): void {
     while (this.read() !== null);
-    if (!this.#over) takeFromMaster(this.#fd)
+    if (!this.#closed) takeFromMaster(this.#fd)
   }
 
   unref(): void {
     this.#socket?.unref()
+  }
+
+  /** A socket that has come to the end by itself has closed the descriptor before it says so. */
+  get #closed(): boolean {
+    return this.#over || this.#socket?.destroyed === true
   }
 
   #open(): ReadStream {

@@ -2,10 +2,10 @@
  * Pseudo-terminals, through koffi. A library that starts programs on a pty of its own cannot serve here: criu is handed the slave
  * side by descriptor, once for each time that the program has it open, and starts nothing. It knows descriptors, and no program.
  */
-import { fchownSync, fstatSync, readSync } from 'node:fs'
+import { closeSync, fchownSync, fstatSync, readSync } from 'node:fs'
 import { constants } from 'node:os'
 import koffi from 'koffi'
-import { setNonblocking, systemError } from './libc.js'
+import { duplicate, setNonblocking, systemError } from './libc.js'
 
 const lib = koffi.load(null)
 
@@ -57,7 +57,13 @@ export function openMaster(): number {
  */
 export function openSlave(master: number, flags = O_RDWR): number {
   const kept = flags & (ACCESS_MODE | O_NONBLOCK)
-  return check('TIOCGPTPEER', c.ioctlNumber(master, TIOCGPTPEER, kept | O_NOCTTY | O_CLOEXEC))
+  // With O_CLOEXEC the file itself would seem to have that flag ever after.
+  const slave = check('TIOCGPTPEER', c.ioctlNumber(master, TIOCGPTPEER, kept | O_NOCTTY))
+  try {
+    return duplicate(slave)
+  } finally {
+    closeSync(slave)
+  }
 }
 
 /** Makes the slave a user's, so that its programs can open it by its path. Its group stays: that of `write` and `mesg`. */
