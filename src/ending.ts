@@ -2,8 +2,10 @@
  * Ends processes with all that they have started: SIGTERM to each, which may end in peace and take its own along, then SIGKILL to
  * whatever is left. It knows processes by id and start time, and nothing of templates, children or engines.
  */
+
+import { constants } from 'node:os'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { allPids, isAlive, type ProcStat, stat } from './linux/proc.js'
+import { allPids, isAlive, type ProcStat, read, stat } from './linux/proc.js'
 
 const ON_LINUX = process.platform === 'linux'
 const LOOK_AGAIN_MS = 25
@@ -13,6 +15,8 @@ export interface Endable {
   readonly pid: number
   /** Settles when the process itself has ended; it never rejects. */
   readonly exited: Promise<unknown>
+  /** Whether it is on a terminal, so that it can be told as one that hangs up tells. */
+  readonly isTTY?: boolean
   kill(signal: NodeJS.Signals): boolean
 }
 
@@ -71,6 +75,8 @@ export async function endTrees(targets: readonly Endable[], graceMs: number): Pr
     const deadline = Date.now() + graceMs
     for (const target of targets) {
       target.kill('SIGTERM')
+      // An interactive shell ignores the first, and heeds what comes when its terminal goes.
+      if (target.isTTY && ignores(target.pid, 'SIGTERM')) target.kill('SIGHUP')
       // What is stopped does not see a SIGTERM before it is continued.
       target.kill('SIGCONT')
     }
@@ -91,6 +97,11 @@ export async function endTrees(targets: readonly Endable[], graceMs: number): Pr
   // A killed process needs a moment to be gone; one that waits in the kernel (state D) may need for ever.
   const giveUpAt = Date.now() + GONE_TIMEOUT_MS
   while (left.some((each) => isAlive(each.pid, each.startTicks)) && Date.now() < giveUpAt) await sleep(1)
+}
+
+function ignores(pid: number, signal: NodeJS.Signals): boolean {
+  const ignored = /^SigIgn:\s*([0-9a-f]+)$/m.exec(read(`/proc/${pid}/status`) ?? '')?.[1]
+  return ((BigInt(`0x${ignored ?? '0'}`) >> BigInt(constants.signals[signal] - 1)) & 1n) === 1n
 }
 
 function killGroup(leader: number): void {

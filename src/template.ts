@@ -142,6 +142,10 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
     return this.#status
   }
 
+  get isTTY(): boolean {
+    return this.terminal !== undefined
+  }
+
   /** The last 64 KiB of its output. */
   get output(): string {
     return this.#output?.tail ?? ''
