@@ -2,25 +2,45 @@
  * A generation in the making: a temporary directory that a callback fills, and that is then sealed: owned by us, read-only,
  * its checksums taken, all of it on the disk. It knows no numbers and no other generation but those it is handed.
  */
-import { chmod, chown, link, lstat, mkdir, readdir, rm, writeFile } from 'node:fs/promises'
+import {
+  chmodSync,
+  chownSync,
+  closeSync,
+  lstatSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs'
+import { link, readdir } from 'node:fs/promises'
 import { join } from 'node:path'
+import PQueue from 'p-queue'
 import { WarmforkError } from '../errors.js'
-import { encodeRuns, fileChecksum, type Run, runsChecksum } from './checksum.js'
+import { decodeRuns, encodeRuns, fileChecksum, type Run, runsChecksum } from './checksum.js'
 import { sync } from './directories.js'
 import type { Generation } from './generation.js'
 import { type EarlierCopy, type FileToKeep, KEPT_DIRECTORY, keepFiles } from './kept-files.js'
 import { LEASE_DIRECTORY } from './lease.js'
+import { changingLinks } from './links.js'
 import type { MappedFile, StoredFile } from './manifest.js'
 
 export const IMAGE_DIRECTORY = 'image'
+/** An empty file: the generation goes with its supervisor. Of a file's content nothing is sure after a power cut, of its name it is. */
+export const EPHEMERAL_MARK = 'ephemeral'
 const SCRATCH_DIRECTORY = 'scratch'
 
 export interface DraftOptions {
   readonly number: number
   readonly finalDirectory: string
+  /** Whether it is to survive a power cut and its supervisor. */
+  readonly durable: boolean
   readonly maxCopyBytes: number
   readonly earlierCopies: () => Promise<EarlierCopy[]>
 }
+
+/** How many files are synced and read for their checksums at once: of libuv's four threads, some are left for forks. */
+const SYNCS_AT_ONCE = 2
 
 /** What is filled. The callback may give its directories to a worker's user; sealing takes them back. */
 export class Draft {
@@ -43,10 +63,11 @@ export class Draft {
   }
 
   static async begin(directory: string, options: DraftOptions): Promise<Draft> {
-    await mkdir(directory, { mode: 0o700 })
+    mkdirSync(directory, { mode: 0o700 })
     for (const name of [IMAGE_DIRECTORY, KEPT_DIRECTORY, LEASE_DIRECTORY, SCRATCH_DIRECTORY]) {
-      await mkdir(join(directory, name), { mode: 0o700 })
+      mkdirSync(join(directory, name), { mode: 0o700 })
     }
+    if (!options.durable) closeSync(openSync(join(directory, EPHEMERAL_MARK), 'wx', 0o400))
     return new Draft(directory, options)
   }
 
@@ -60,10 +81,17 @@ export class Draft {
     return join(this.directory, IMAGE_DIRECTORY)
   }
 
-  /** Keeps the files that the image maps or has open for reading; call it once. Gives what became of each. */
-  async keepFiles(files: readonly FileToKeep[]): Promise<readonly MappedFile[]> {
-    const options = { maxCopyBytes: this.#options.maxCopyBytes, earlierCopies: await this.#options.earlierCopies() }
-    for (const entry of await keepFiles(this.directory, files, options)) this.#mapped.set(entry.path, entry)
+  /**
+   * Keeps the files that the image maps or has open for reading; call it once. What `parent` has kept is linked again. Gives
+   * what became of each.
+   */
+  async keepFiles(files: readonly FileToKeep[], parent?: Generation): Promise<readonly MappedFile[]> {
+    const kept = await keepFiles(this.directory, files, {
+      maxCopyBytes: this.#options.maxCopyBytes,
+      earlierCopies: parent ? [] : await this.#options.earlierCopies(),
+      fromParent: parent?.keptCopies ?? [],
+    })
+    for (const entry of kept) this.#mapped.set(entry.path, entry)
     return this.mappedFiles
   }
 
@@ -84,66 +112,83 @@ export class Draft {
       })
     }
     for (const file of [name, stored.runs]) {
-      await link(join(from.directory, file), join(this.directory, file))
+      const path = join(from.directory, file)
+      await changingLinks([path], () => link(path, join(this.directory, file)))
       this.#inherited.set(file, from.manifest.files[file]!)
     }
   }
 
   /**
-   * Makes everything read-only and ours, takes the checksums and syncs. With `group`, its members may enter directories
-   * and read files whose names they know.
+   * Makes everything read-only and ours; of a durable one it takes the checksums and syncs. With `group`, its members may
+   * enter directories and read files whose names they know.
    */
   async seal(pageFiles: readonly { name: string; runs: readonly Run[] }[], group: number | undefined): Promise<Sealed> {
-    await rm(this.scratchDirectory, { recursive: true, force: true })
+    rmSync(this.scratchDirectory, { recursive: true, force: true })
     const runsOf = new Map<string, readonly Run[]>()
     for (const { name, runs } of pageFiles) {
-      await writeFile(join(this.directory, runsFile(name)), encodeRuns(runs), { flag: 'wx', mode: 0o600 })
+      writeFileSync(join(this.directory, runsFile(name)), encodeRuns(runs), { flag: 'wx', mode: 0o600 })
       runsOf.set(name, runs)
     }
     const keptAs = new Map(this.mappedFiles.map((entry) => [entry.keptAs, entry]))
-    const uid = process.geteuid?.() ?? 0
-    const gid = group ?? process.getegid?.() ?? 0
-    const files: Record<string, StoredFile> = {}
-    let apparentBytes = 0
-    let allocatedBytes = 0
     const found = await walk(this.directory)
-    for (const name of found.files) {
-      const path = join(this.directory, name)
-      const kept = keptAs.get(name)
-      // A kept file that is a link or a copy shared with others has the owner and mode of its original: leave it alone.
-      if (!kept) {
-        const stats = await lstat(path)
-        if (stats.uid !== uid || stats.gid !== gid) await chown(path, uid, gid)
-        const mode = group === undefined ? 0o400 : 0o440
-        if ((stats.mode & 0o7777) !== mode) await chmod(path, mode)
-      }
-      // Synced before it is measured: ext4 allocates late.
-      if (kept?.kept !== 'link') await sync(path)
-      const stats = await lstat(path)
-      if (kept?.kept !== 'link') {
-        apparentBytes += stats.size
-        allocatedBytes += stats.blocks * 512
-      }
-      const inherited = this.#inherited.get(name)
-      const runs = runsOf.get(name)
-      if (inherited) files[name] = inherited
-      else if (runs) files[name] = { bytes: stats.size, sha256: await runsChecksum(path, runs), runs: runsFile(name) }
-      else if (!kept || kept.kept === 'copy') files[name] = await fileChecksum(path)
-    }
+    // A kept file that is a link or a copy shared with others has the owner and mode of its original: leave it alone.
+    const own = found.files.filter((name) => name !== EPHEMERAL_MARK && !keptAs.has(name))
+    for (const name of own) this.#give(name, group, group === undefined ? 0o400 : 0o440)
     for (const { name } of pageFiles) {
-      if (files[name]) continue
+      if (own.includes(name)) continue
       throw new WarmforkError('BAD_OPTION', {
         tried: 'make a generation',
         happened: `there is no page file ${name} in it`,
       })
     }
-    for (const name of found.directories) {
+    const files: Record<string, StoredFile> = {}
+    const sizes = { apparentBytes: 0, allocatedBytes: 0 }
+    const queue = new PQueue({ concurrency: SYNCS_AT_ONCE })
+    const measure = async (name: string): Promise<void> => {
+      const kept = keptAs.get(name)
+      if (kept?.kept === 'link') return
       const path = join(this.directory, name)
-      await chown(path, uid, gid)
-      await chmod(path, group === undefined || name === LEASE_DIRECTORY ? 0o700 : 0o710)
-      await sync(path)
+      // Synced before it is measured: ext4 allocates late.
+      if (this.#options.durable) await sync(path)
+      const stats = lstatSync(path)
+      const runs = runsOf.get(name)
+      sizes.apparentBytes += stats.size
+      const data = runs ? runs.reduce((sum, [, length]) => sum + length, 0) : stats.size
+      const written = this.#options.durable || this.#inherited.has(name)
+      sizes.allocatedBytes += written ? stats.blocks * 512 : Math.ceil(data / 4096) * 4096
+      if (!kept || kept.kept === 'copy') files[name] = await this.#stored(name, stats.size, runs)
     }
-    return { files, sizes: { apparentBytes, allocatedBytes } }
+    const measured = found.files.filter((name) => name !== EPHEMERAL_MARK)
+    if (this.#options.durable) await queue.addAll(measured.map((name) => () => measure(name)))
+    else for (const name of measured) await measure(name)
+    for (const name of found.directories) {
+      this.#give(name, group, group === undefined || name === LEASE_DIRECTORY ? 0o700 : 0o710)
+      if (this.#options.durable) await sync(join(this.directory, name))
+    }
+    return { files, sizes }
+  }
+
+  #give(name: string, group: number | undefined, mode: number): void {
+    const path = join(this.directory, name)
+    const uid = process.geteuid?.() ?? 0
+    const gid = group ?? process.getegid?.() ?? 0
+    const stats = lstatSync(path)
+    if (stats.uid !== uid || stats.gid !== gid) chownSync(path, uid, gid)
+    if ((stats.mode & 0o7777) !== mode) chmodSync(path, mode)
+  }
+
+  async #stored(name: string, bytes: number, runs: readonly Run[] | undefined): Promise<StoredFile> {
+    const inherited = this.#inherited.get(name)
+    const { durable } = this.#options
+    // What an ephemeral generation left without a checksum gets one when it is to last.
+    if (inherited && (!durable || inherited.sha256 !== undefined)) return inherited
+    const path = join(this.directory, name)
+    if (runs) return { bytes, runs: runsFile(name), ...(durable ? { sha256: await runsChecksum(path, runs) } : {}) }
+    if (inherited?.runs !== undefined) {
+      const known = decodeRuns(readFileSync(join(this.directory, inherited.runs)))
+      return { ...inherited, sha256: await runsChecksum(path, known) }
+    }
+    return durable ? fileChecksum(path) : { bytes }
   }
 }
 

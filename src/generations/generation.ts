@@ -8,9 +8,10 @@ import { join } from 'node:path'
 import type { GenerationInfo } from '../engines/engine.js'
 import { errnoOf, WarmforkError } from '../errors.js'
 import { checksumNow, decodeRuns, fileChecksum, hasStrayData, type Run, runsChecksum } from './checksum.js'
-import { IMAGE_DIRECTORY, walk } from './draft.js'
-import { currentPath } from './kept-files.js'
+import { EPHEMERAL_MARK, IMAGE_DIRECTORY, walk } from './draft.js'
+import { currentPath, type EarlierCopy } from './kept-files.js'
 import { type Holder, LEASE_DIRECTORY, Lease, ourselves, surveyLeases } from './lease.js'
+import { isOurs } from './links.js'
 import { MANIFEST_FILE, type Manifest, readManifest, type StoredFile } from './manifest.js'
 import { differences, type Surroundings } from './surroundings.js'
 
@@ -88,9 +89,21 @@ export class Generation {
     return { number, createdAt, rssBytes, sizeBytes: sizes.allocatedBytes, memory, warnings, checkpointMs }
   }
 
+  /** Whether it lives as long as the supervisor that made it: it is neither on the disk for sure nor has checksums of its own. */
+  get ephemeral(): boolean {
+    return this.manifest.ephemeral === true
+  }
+
   /** Names of its page files, relative to its directory. */
   get pageFiles(): string[] {
     return Object.keys(this.manifest.files).filter((name) => this.manifest.files[name]!.runs !== undefined)
+  }
+
+  /** What it has kept of the files that it maps, with where each copy lies. */
+  get keptCopies(): EarlierCopy[] {
+    return this.manifest.mappedFiles.flatMap((entry) =>
+      entry.keptAs === undefined ? [] : { entry, path: join(this.directory, entry.keptAs) },
+    )
   }
 
   /** The stretches of a page file that hold data. Throws GENERATION_CORRUPT where there is no such page file. */
@@ -104,11 +117,16 @@ export class Generation {
     }
   }
 
-  /** Reads everything and compares it with the checksums. Throws GENERATION_CORRUPT, naming the file. */
+  /** Reads everything and compares it with the checksums, where there are any. Throws GENERATION_CORRUPT, naming the file. */
   async verify(): Promise<void> {
     await readManifest(this.directory, this.number)
     const { files, mappedFiles } = this.manifest
-    const known = new Set([MANIFEST_FILE, ...Object.keys(files), ...mappedFiles.map((entry) => entry.keptAs)])
+    const known = new Set([
+      MANIFEST_FILE,
+      EPHEMERAL_MARK,
+      ...Object.keys(files),
+      ...mappedFiles.map((entry) => entry.keptAs),
+    ])
     const found = await walk(this.directory).catch((cause: unknown) => {
       throw corrupt(this.number, 'its directory does not hold what it should', cause)
     })
@@ -127,6 +145,7 @@ export class Generation {
       if (bytes !== stored.bytes)
         throw corrupt(this.number, `its file ${name} has ${bytes} bytes and had ${stored.bytes}`)
       const runs = stored.runs === undefined ? undefined : await this.runs(name)
+      if (stored.sha256 === undefined) return
       const sha256 = runs ? await runsChecksum(path, runs) : (await fileChecksum(path)).sha256
       if (sha256 !== stored.sha256 || (runs && hasStrayData(path, runs))) {
         throw corrupt(this.number, `its file ${name} has another content than it was made with`)
@@ -149,9 +168,10 @@ export class Generation {
         throw corrupt(this.number, `its file ${seen.name} was changed since it was made`)
       }
       if (now.ctimeNs === seen.ctimeNs) continue
-      // A new or a removed link changes this time too: a refork links page files, and a prune unlinks them. Where the number
-      // of links does not tell (a refork that failed, a chmod), the content must: 0.3 s for 500 MiB, once.
-      if (now.nlink === seen.nlink && !this.#sameContent(seen)) {
+      // A new or a removed link changes this time too: a refork links page files, and a prune unlinks them. Where neither we
+      // know of it nor the number of links tells (a refork that failed elsewhere, a chmod), the content must: 0.3 s for
+      // 500 MiB, once.
+      if (!isOurs(seen.ctimeNs, now) && now.nlink === seen.nlink && !this.#sameContent(seen)) {
         throw corrupt(this.number, `its file ${seen.name} was changed since it was made`)
       }
       seen.ctimeNs = now.ctimeNs
@@ -226,6 +246,8 @@ export class Generation {
 
   #sameContent({ name, path }: Trace): boolean {
     const { runs, sha256 } = this.manifest.files[name]!
+    // One without lives no longer than we do; size and time of its last change are as they were.
+    if (sha256 === undefined) return true
     const runsPath = runs === undefined ? undefined : join(this.directory, runs)
     if (runsPath !== undefined && hasStrayData(path, decodeRuns(readFileSync(runsPath)))) return false
     return checksumNow(path, runsPath) === sha256

@@ -9,6 +9,7 @@ import { type BigIntStats, constants, lstatSync } from 'node:fs'
 import { chmod, chown, copyFile, link, lstat, rm } from 'node:fs/promises'
 import { basename, join } from 'node:path'
 import { errnoOf } from '../errors.js'
+import { changingLinks } from './links.js'
 import type { MappedFile } from './manifest.js'
 
 export interface FileToKeep {
@@ -16,6 +17,8 @@ export interface FileToKeep {
   readonly path: string
   /** `mapped` (the default): its content must not change. `open`: it is only open for reading and may grow, as a log does. */
   readonly use?: 'mapped' | 'open'
+  /** That it is this copy, which another generation kept, whatever lies at its path now. */
+  readonly keptBy?: EarlierCopy
 }
 
 /** A copy that another generation has kept, to link in place of copying once more. */
@@ -26,6 +29,8 @@ export interface EarlierCopy {
 }
 
 export interface KeepOptions {
+  /** What the generation's parent kept: linked again in place of looking for a way, where the original is still the same. */
+  readonly fromParent?: readonly EarlierCopy[]
   /** Total of what may be copied, where neither reflinks nor hard links work. */
   readonly maxCopyBytes: number
   readonly earlierCopies: readonly EarlierCopy[]
@@ -41,10 +46,25 @@ export async function keepFiles(
 ): Promise<MappedFile[]> {
   const entries: MappedFile[] = []
   const wanted = new Map<string, { use: 'mapped' | 'open'; stats: BigIntStats | string }>()
-  for (const { path, use = 'mapped' } of files) {
+  const parents = new Map((options.fromParent ?? []).map((copy) => [copy.entry.path, copy]))
+  for (const { path, use = 'mapped', keptBy } of files) {
     const before = wanted.get(path)
-    if (!before) wanted.set(path, { use, stats: await look(path) })
-    else if (use === 'mapped') before.use = use
+    if (before) {
+      if (use === 'mapped') before.use = use
+      continue
+    }
+    const stats = look(path)
+    const copy = keptBy ?? parents.get(path)
+    if (copy && (keptBy || isUnchanged(copy.entry, stats))) {
+      const keptAs = `${KEPT_DIRECTORY}/${entries.length}-${basename(path)}`
+      const target = join(directory, keptAs)
+      const linked = () => link(copy.path, target)
+      if (await attempt(copy.entry.kept === 'copy' ? () => changingLinks([copy.path], linked) : linked)) {
+        entries.push({ ...copy.entry, use, keptAs })
+        continue
+      }
+    }
+    wanted.set(path, { use, stats })
   }
   const bySize = [...wanted].sort(([, a], [, b]) => Number(sizeOf(a.stats) - sizeOf(b.stats)))
   let left = options.maxCopyBytes
@@ -118,9 +138,18 @@ async function settle(path: string, target: string, stats: BigIntStats, kept: Ke
   return { how: null, reason: 'it changed while it was being kept' }
 }
 
-async function look(path: string): Promise<BigIntStats | string> {
+function isUnchanged(entry: MappedFile, now: BigIntStats | string): boolean {
+  return (
+    typeof now !== 'string' &&
+    String(now.ino) === entry.inode &&
+    Number(now.size) === entry.sizeBytes &&
+    String(now.mtimeNs) === entry.mtimeNs
+  )
+}
+
+function look(path: string): BigIntStats | string {
   try {
-    const stats = await lstat(path, { bigint: true })
+    const stats = lstatSync(path, { bigint: true })
     return stats.isFile() ? stats : 'it is not a regular file'
   } catch (error) {
     return `it cannot be looked at: ${errnoOf(error) ?? String(error)}`

@@ -25,7 +25,8 @@ const relativePath = z
 const storedFile = z.strictObject({
   /** Apparent size. */
   bytes: count,
-  sha256,
+  /** Absent only in a generation that is `ephemeral`. */
+  sha256: sha256.optional(),
   /** For a page file: the file of its runs. `sha256` then covers those only. */
   runs: relativePath.optional(),
 })
@@ -53,6 +54,8 @@ const schema = z.strictObject({
   /** The generation whose child this one was taken of; null for one taken of a template. */
   parent: z.number().int().positive().nullable(),
   name: z.string(),
+  /** Set where it lives no longer than the supervisor that made it: it was not synced, and no checksums were taken. */
+  ephemeral: z.literal(true).optional(),
   /** ISO 8601, UTC. */
   createdAt: z.iso.datetime(),
   warmforkVersion: z.string(),

@@ -16,10 +16,11 @@ import { tryLock } from '../linux/libc.js'
 import { isAlive, stat } from '../linux/proc.js'
 import type { Run } from './checksum.js'
 import { checkExec, checkName, checkSafe, defaultRoot, ensureDirectory, storeError, sync } from './directories.js'
-import { Draft } from './draft.js'
+import { Draft, EPHEMERAL_MARK, walk } from './draft.js'
 import { Generation } from './generation.js'
 import type { EarlierCopy } from './kept-files.js'
 import { plantLease, removeDead, surveyLeases } from './lease.js'
+import { changingLinks } from './links.js'
 import { encodeManifest, FORMAT_VERSION, type Json, MANIFEST_FILE, type Manifest } from './manifest.js'
 import type { Surroundings } from './surroundings.js'
 
@@ -47,6 +48,12 @@ export interface NewGeneration {
   /** The generation whose child it is taken of; null for one of a template. */
   parent: number | null
   surroundings: Surroundings
+  /**
+   * Whether it is to survive a power cut and its supervisor. One that is not is neither synced nor has checksums, which takes
+   * most of the time that making one takes; later supervisors do not use it and remove it.
+   * @default true
+   */
+  durable?: boolean
 }
 
 /** What only the filler knows. */
@@ -104,6 +111,8 @@ export class Store {
   /** Of the directory that was opened: a store that was removed and made again by somebody is not ours. */
   readonly #inode: number | undefined
   readonly #held = new Set<Generation>()
+  /** Ephemeral generations of earlier supervisors. */
+  readonly #strange = new Set<number>()
   #closed = false
   readonly #creating = new Set<Promise<unknown>>()
   #reserving: Promise<unknown> = Promise.resolve()
@@ -152,6 +161,7 @@ export class Store {
       ensureDirectory(store.#generations, group === undefined ? 0o700 : 0o710, group)
       checkExec(store.#generations)
       await store.#sweep()
+      await store.#leaveEphemeral()
       return store
     } catch (error) {
       await store.close()
@@ -188,7 +198,8 @@ export class Store {
 
   async #create(meta: NewGeneration, fill: (draft: Draft) => Promise<Filled>): Promise<Generation> {
     this.#checkThere(`make a generation in ${this.directory}`)
-    const number = await this.#reserveNumber()
+    const durable = meta.durable ?? true
+    const number = await this.#reserveNumber(durable)
     const directory = this.#path(number)
     const temporary = join(this.#generations, `.tmp-${ownMark()}`)
     let made = temporary
@@ -196,6 +207,7 @@ export class Store {
       const draft = await Draft.begin(temporary, {
         number,
         finalDirectory: directory,
+        durable,
         maxCopyBytes: this.#keepCopyMaxBytes,
         earlierCopies: () => this.#earlierCopies(),
       })
@@ -208,6 +220,7 @@ export class Store {
         number,
         parent: meta.parent,
         name: this.name,
+        ...(durable ? {} : { ephemeral: true }),
         createdAt: new Date().toISOString(),
         warmforkVersion: warmforkVersion(),
         surroundings: {
@@ -226,14 +239,14 @@ export class Store {
       const path = join(temporary, MANIFEST_FILE)
       await writeFile(path, encodeManifest(manifest), { flag: 'wx', mode: 0o400 })
       await this.#give(path, 0o440)
-      await sync(path)
+      if (durable) await sync(path)
       await this.#give(temporary, 0o710)
-      await sync(temporary)
+      if (durable) await sync(temporary)
       // Before anybody can see it, so that no prune comes in between.
       plantLease(temporary)
       await rename(temporary, directory)
       made = directory
-      await sync(this.#generations)
+      if (durable) await sync(this.#generations)
       const generation = await this.#open(number)
       generation.hold()
       return generation
@@ -260,6 +273,7 @@ export class Store {
     const generations: Generation[] = []
     const broken: BrokenGeneration[] = []
     for (const number of await this.#numbers()) {
+      if (this.#strange.has(number)) continue
       try {
         generations.push(await this.#open(number))
       } catch (error) {
@@ -277,22 +291,30 @@ export class Store {
     const tried = `use generation ${number}`
     this.#checkThere(tried)
     if (!existsSync(this.#path(number))) throw notFound(tried, this.directory, number)
+    if (this.#strange.has(number)) {
+      throw new WarmforkError('GENERATION_MISFIT', {
+        tried,
+        happened: 'it was made for the time of an earlier supervisor',
+      })
+    }
     return this.#open(number)
   }
 
-  /** The newest that can be used. */
+  /** The newest that can be used by a supervisor that starts: an ephemeral one is for those who made it. */
   async newest(): Promise<Generation | undefined> {
-    return (await this.list()).at(-1)
+    return (await this.list()).filter(({ ephemeral }) => !ephemeral).at(-1)
   }
 
   /**
-   * Removes generations that nobody needs. With `keep` or `olderThanMs`, corrupt ones go too; with neither and no `numbers`, only
+   * Removes generations that nobody needs. Ephemeral ones count for neither `keep` nor `olderThanMs`: they go as soon as nobody
+   * needs them. With `keep` or `olderThanMs`, corrupt ones go too; with neither and no `numbers`, only
    * what is left of dead processes. Throws GENERATION_NOT_FOUND for a number that is not there.
    */
   async prune(options: PruneOptions): Promise<Pruned> {
     const tried = `prune the store at ${this.directory}`
     try {
       await this.#sweep()
+      await this.#leaveEphemeral(this.#strange)
       const result: Pruned = { removed: [], kept: [] }
       for (const number of await this.#chosen(options, tried)) {
         const reason = await this.#remove(number)
@@ -333,12 +355,14 @@ export class Store {
     if (keep === undefined && olderThanMs === undefined) return []
     const { generations, broken } = await this.survey()
     const now = Date.now()
-    const surplus = generations
-      .slice(0, Math.max(0, generations.length - (keep ?? 0)))
+    const durable = generations.filter(({ ephemeral }) => !ephemeral)
+    const surplus = durable
+      .slice(0, Math.max(0, durable.length - (keep ?? 0)))
       .filter((generation) => olderThanMs === undefined || now - generation.createdAt.getTime() > olderThanMs)
     // One of a newer format is somebody else's, and may be whole.
     const corrupt = broken.filter(({ error }) => error.code === 'GENERATION_CORRUPT')
-    return [...surplus, ...corrupt].map(({ number }) => number).sort((a, b) => a - b)
+    const unneeded = generations.filter(({ ephemeral, directory }) => ephemeral && this.#inUse(directory) === undefined)
+    return [...surplus, ...unneeded, ...corrupt].map(({ number }) => number).sort((a, b) => a - b)
   }
 
   /** Removes one; gives the reason where it must stay. */
@@ -370,6 +394,19 @@ export class Store {
     if (survey.holders.length === 0) return undefined
     const pids = survey.holders.map(({ pid }) => pid).sort((a, b) => a - b)
     return `in use by ${pids.length === 1 ? 'process' : 'processes'} ${pids.join(', ')}`
+  }
+
+  /**
+   * Removes the ephemeral generations of earlier supervisors; all that are there at the start are such. One whose children
+   * have outlived its supervisor stays as long as they live, and is not used.
+   */
+  async #leaveEphemeral(numbers?: ReadonlySet<number>): Promise<void> {
+    if (!this.#lock) return
+    for (const number of numbers ?? (await this.#numbers())) {
+      if (!existsSync(join(this.#path(number), EPHEMERAL_MARK))) this.#strange.delete(number)
+      else if ((await this.#remove(number)) === undefined) this.#strange.delete(number)
+      else this.#strange.add(number)
+    }
   }
 
   /** Removes what makers and pruners that died have left behind; only the holder of the lock does. */
@@ -412,7 +449,7 @@ export class Store {
   }
 
   /** A number that no generation ever had: kept on the disk before it is used, one caller after the other. */
-  #reserveNumber(): Promise<number> {
+  #reserveNumber(durable: boolean): Promise<number> {
     const reserved = this.#reserving.then(async () => {
       const path = join(this.directory, 'next')
       const text = await readFile(path, 'latin1').catch(() => '')
@@ -424,7 +461,8 @@ export class Store {
       const temporary = `${path}.new`
       try {
         await writeFile(temporary, `${number + 1}\n`, { mode: 0o600 })
-        await sync(temporary)
+        // A power cut leaves nothing of an ephemeral generation by which its number could be known again.
+        if (durable) await sync(temporary)
         await rename(temporary, path)
       } catch (error) {
         await rm(temporary, { force: true }).catch(() => undefined)
@@ -500,9 +538,18 @@ function ownMark(): string {
   return `${process.pid}-${stat(process.pid)?.startTicks ?? 0}-${randomBytes(6).toString('hex')}`
 }
 
-/** Unlinks a tree; a page file that is still mapped lives on until the last process that maps it ends. */
+/**
+ * Unlinks a tree; a page file that is still mapped lives on until the last process that maps it ends, and one that other
+ * generations have inherited as long as they do.
+ */
 async function removeTree(path: string): Promise<void> {
-  await rm(path, { recursive: true, force: true, maxRetries: 3, retryDelay: 20 })
+  const found = await walk(path).catch(() => ({ files: [] }))
+  const shared = found.files.map((name) => join(path, name)).filter(hasOtherLinks)
+  await changingLinks(shared, () => rm(path, { recursive: true, force: true, maxRetries: 3, retryDelay: 20 }))
+}
+
+function hasOtherLinks(path: string): boolean {
+  return (lstatSync(path, { throwIfNoEntry: false })?.nlink ?? 0) > 1
 }
 
 function notFound(tried: string, directory: string, number: number): WarmforkError {
