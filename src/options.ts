@@ -7,6 +7,8 @@ import { basename, extname, resolve } from 'node:path'
 import type { Logger } from 'pino'
 import { z } from 'zod'
 import { defaultRuntimeDirectory } from './control/runtime-directory.js'
+import type { DescriptorPolicy } from './descriptors/kinds.js'
+import { type DescriptorPolicies, whyNoPolicy } from './descriptors/policies.js'
 import type { IdentityMode, MemoryMode } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
 import { defaultRoot } from './generations/directories.js'
@@ -244,6 +246,12 @@ export interface SupervisorOptions {
    */
   identity?: IdentityMode
   /**
+   * What forks have in place of what the template has open, where that is not to be the default of its kind: policies by kind
+   * (`'unix-connection'`) or by path (`'/var/log/**'`, which goes before the kind). See docs/descriptors.md.
+   * @default {}
+   */
+  descriptors?: DescriptorPolicies
+  /**
    * When the template is ready.
    * @default `{ idleMs: 1000 }`
    */
@@ -321,6 +329,7 @@ export interface ResolvedOptions {
   readonly runtimeDirectory: string
   readonly engine: 'auto' | 'criu' | 'spawn'
   readonly memory: MemoryMode | 'auto'
+  readonly descriptors: DescriptorPolicies
   readonly identity: IdentityMode
   readonly ready: Readiness
   readonly warmup: Warmup | undefined
@@ -377,6 +386,16 @@ const ttyWords = 'to be true, or an object with `columns` and `rows`'
 const cells = count(1).max(65_535, 'to be at most 65535')
 /** What a terminal can be told to be. */
 export const ttySchema = z.union([z.boolean(), z.strictObject({ columns: cells, rows: cells })], { error: ttyWords })
+
+const POLICIES = ['keep', 'reopen', 'close', 'error'] as const satisfies DescriptorPolicy[]
+const descriptorPolicies = z
+  .record(z.string(), oneOf(POLICIES), { error: 'to be an object of policies' })
+  .superRefine((policies, context) => {
+    for (const [key, policy] of Object.entries(policies)) {
+      const message = whyNoPolicy(key, policy)
+      if (message !== undefined) context.addIssue({ code: 'custom', path: [key], message })
+    }
+  })
 
 const timeoutMs = positiveMs.optional()
 const READY_KINDS = {
@@ -438,6 +457,7 @@ const schema = z.strictObject(
     runtimeDirectory: filledText.optional(),
     engine: oneOf(['auto', 'criu', 'spawn']).optional(),
     memory: oneOf(['auto', 'cow', 'copy']).optional(),
+    descriptors: descriptorPolicies.optional(),
     identity: oneOf(['fresh', 'namespace']).optional(),
     ready: byKey(READY_KINDS).optional(),
     warmup: byKey(WARMUP_KINDS).optional(),
@@ -595,6 +615,7 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
     runtimeDirectory: resolve(input.runtimeDirectory ?? defaultRuntimeDirectory()),
     engine: input.engine ?? 'auto',
     memory: input.memory ?? 'auto',
+    descriptors: { ...input.descriptors },
     identity: input.identity ?? 'fresh',
     ready: readiness(input.ready ?? { idleMs: 1_000 }, cwd, template.bootTimeoutMs),
     warmup: input.warmup === undefined ? undefined : warmup(input.warmup),

@@ -502,11 +502,12 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   }
 
   async #checkpoint(template: Template): Promise<GenerationInfo> {
-    const { memory, checkpointTimeoutMs } = this.#options
+    const { memory, descriptors, checkpointTimeoutMs } = this.#options
     let generation: GenerationInfo
     try {
       generation = await this.#engine!.checkpoint(template.source(), {
         memory,
+        descriptors,
         timeoutMs: checkpointTimeoutMs,
         signal: this.#over.signal,
       })

@@ -52,6 +52,7 @@ export const DESCRIPTOR_KINDS = {
     policies: ['close', 'error'],
     risk: 'a fork reads its end, and writes to nobody (EPIPE)',
   },
+  'pipe-inherited': { words: 'a pipe that the supervisor has open too', policies: ['close', 'error'] },
   terminal: { words: 'a terminal', policies: ['keep', 'error'] },
   eventfd: { words: 'an eventfd', policies: ['keep', 'close', 'error'] },
   epoll: { words: 'an epoll set', policies: ['keep', 'error'] },

@@ -57,6 +57,7 @@ export function surveyTree(pids: readonly number[]): OpenDescriptor[] {
   const descriptors = pids.flatMap((pid) => rawDescriptors(pid))
   const pipes = pipeEnds(descriptors)
   const owned = new Set(descriptors.flatMap(({ link }) => inodeOf(link, 'socket') ?? []))
+  const ours = ownPipes()
   const tree = new Set(pids)
   const found: OpenDescriptor[] = []
   for (const raw of descriptors) {
@@ -64,7 +65,8 @@ export function surveyTree(pids: readonly number[]): OpenDescriptor[] {
     const pipe = inodeOf(link, 'pipe')
     const socket = inodeOf(link, 'socket')
     if (pipe !== undefined) {
-      const kind = pipes.get(pipe) === BOTH_ENDS ? 'pipe-inside' : 'pipe-outside'
+      const outside = ours.has(link) ? 'pipe-inherited' : 'pipe-outside'
+      const kind = pipes.get(pipe) === BOTH_ENDS ? 'pipe-inside' : outside
       found.push({ pid, fd, kind, target: link, inode: pipe })
     } else if (socket !== undefined) {
       found.push({ pid, fd, inode: socket, ...sockets.describe(raw, socket, owned) })
@@ -132,6 +134,18 @@ function mountIds(pid: number): ReadonlySet<string> {
   } catch {
     return new Set()
   }
+}
+
+/** Pipes that this process was started with and has passed on without knowing (CI systems and shells leave such). */
+function ownPipes(): ReadonlySet<string> {
+  const links = readdirSync('/proc/self/fd').flatMap((fd) => {
+    try {
+      return readlinkSync(`/proc/self/fd/${fd}`)
+    } catch {
+      return []
+    }
+  })
+  return new Set(links.filter((link) => link.startsWith('pipe:')))
 }
 
 function inodeOf(link: string, kind: 'pipe' | 'socket'): number | undefined {

@@ -3,6 +3,7 @@
  * Two engines exist: `criu` (the real one) and `spawn` (a cold start behind the same interface, where CRIU cannot run).
  */
 import type { Readable, Writable } from 'node:stream'
+import type { DescriptorPolicies } from '../descriptors/policies.js'
 import type { ExitStatus } from '../linux/reaper.js'
 import type { Terminal } from '../terminal.js'
 
@@ -58,6 +59,8 @@ export interface ForkedChannel {
 }
 
 export interface CheckpointOptions {
+  /** What forks have in place of the source's descriptors, where it is not the default. */
+  descriptors?: DescriptorPolicies
   /** Whether the source goes on after the checkpoint (Idea 1) or is left for the caller to end. It goes on in either case until then. */
   memory: MemoryMode | 'auto'
   signal?: AbortSignal

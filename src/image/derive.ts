@@ -17,6 +17,7 @@ import {
   renameIdsInside,
 } from './edits/identity.js'
 import { replaceFiles } from './edits/replaced-files.js'
+import { disconnectDatagrams } from './edits/unix-peers.js'
 import { corrupt } from './failure.js'
 import { ImageSet } from './image-set.js'
 import { PAGE, PAGEMAP_PARENT, type PageRun, pagesFile, writePagemap } from './pagemap.js'
@@ -68,7 +69,13 @@ export class ForkImage {
    */
   constructor(
     readonly directory: string,
-    options: { deathSignal: boolean; keepsIds?: boolean; replaced?: ReadonlyMap<string, string> },
+    options: {
+      deathSignal: boolean
+      keepsIds?: boolean
+      replaced?: ReadonlyMap<string, string>
+      /** Of where Unix sockets for datagrams are connected to: whether forks get those unconnected. */
+      isUnreachable?: (address: Uint8Array) => boolean
+    },
   ) {
     const set = ImageSet.read(directory)
     this.#set = set
@@ -82,6 +89,7 @@ export class ForkImage {
       : processes.filter(({ dead }) => !dead).map((process) => loadPages(set, process))
     if (options.deathSignal) setDeathSignal(set)
     if (options.replaced && options.replaced.size > 0) replaceFiles(set, options.replaced)
+    if (options.isUnreachable) disconnectDatagrams(set, options.isUnreachable)
     this.#withIds = filesWithIds(set)
   }
 

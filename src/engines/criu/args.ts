@@ -65,6 +65,8 @@ export function restoreRequest({ directory, logFile, logLevel, inherited, unpriv
       // Parked until SIGCONT.
       leaveStopped: true,
       tcpClose: true,
+      // Sockets for datagrams are connected anew to paths outside.
+      externalUnixSockets: true,
       manageCgroupsMode: CGROUPS_IGNORE,
       inheritFd: inherited.map(({ key, fd }) => ({ key, fd })),
       ...(unprivileged ? { unprivileged } : {}),

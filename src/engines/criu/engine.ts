@@ -16,6 +16,8 @@ import {
   statSync,
 } from 'node:fs'
 import { join } from 'node:path'
+import { planDescriptors } from '../../descriptors/policies.js'
+import { surveyTree } from '../../descriptors/survey.js'
 import { WarmforkError } from '../../errors.js'
 import type { Generation } from '../../generations/generation.js'
 import type { Filled } from '../../generations/store.js'
@@ -78,6 +80,8 @@ interface EngineData {
   paths: SharedPath[]
   channels: SourceChannel[]
   terminal: InheritedTerminal[]
+  /** Where forks connect Unix sockets for datagrams to: addresses as the kernel has them. */
+  reconnected: number[][]
 }
 
 /** Restorers kept started ahead: one for the next fork, one while that is being replaced. */
@@ -192,6 +196,11 @@ export class CriuEngine implements Engine {
     const memory = chooseMemory(pids, options.memory, (pid) => tree.find((one) => one.pid === pid)!.comm)
     const rssBytes = pids.reduce((sum, pid) => sum + (memoryUse(pid)?.rssBytes ?? 0), 0)
     const wipe = this.#recordsWipeOnFork ? new Map() : wipedRanges(pids)
+    const inherited = new Set([...source.stdioInodes.map(Number), ...source.channels.map(({ inode }) => inode)])
+    const open = surveyTree(pids).filter(({ inode }) => inode === undefined || !inherited.has(inode))
+    const plan = planDescriptors(open, options.descriptors ?? {}, `checkpoint ${source.command.join(' ')}`)
+    // For CRIU, a connection to the outside needs leave; for one within the tree that says nothing.
+    const unixSockets = open.flatMap(({ kind, inode }) => (kind.startsWith('unix-') && inode ? [inode] : []))
     const { frozenMs } = await dump({
       argv: this.#launcher.argv,
       env: this.#launcher.env,
@@ -199,7 +208,10 @@ export class CriuEngine implements Engine {
       pid: source.pid,
       command: source.command,
       directory: paths.raw,
-      external: [...source.channels.map(({ inode }) => `unix[${inode}]`), ...externalTerminals(source.terminal)],
+      external: [
+        ...[...source.channels.map(({ inode }) => inode), ...unixSockets].map((inode) => `unix[${inode}]`),
+        ...externalTerminals(source.terminal),
+      ],
       timeoutMs: options.timeoutMs,
       signal: options.signal,
       onStart: (pid) => this.#launcher.started(pid),
@@ -212,6 +224,7 @@ export class CriuEngine implements Engine {
       target: paths.image,
       pageFile: paths.pageFile,
       isShared: memory.isShared,
+      detach: { inherited, disconnected: plan.disconnected, closed: plan.closed },
       wipe,
       keepsIds: this.#options.identity === 'namespace',
     })
@@ -224,22 +237,28 @@ export class CriuEngine implements Engine {
       paths: this.#launcher.hasOtherWorker ? [] : sharedPaths(set),
       channels: [...source.channels],
       terminal: prepared.terminal,
+      reconnected: prepared.reconnected.map((address) => [...address]),
     }
     const filled: Filled = {
       memory: memory.mode,
-      warnings: memory.warnings,
+      warnings: [...memory.warnings, ...plan.warnings],
       pageFiles: prepared.pageFileRuns.length > 0 ? [{ name: PAGE_FILE, runs: prepared.pageFileRuns }] : [],
       rssBytes,
       processes: set
         .processes()
         .map(({ pid, threads }) => ({ pid, threads: threads.length, comm: set.core(pid).task?.comm ?? '' })),
-      edits: { ...prepared.edits, copiedBytes: prepared.copiedBytes },
+      edits: {
+        ...prepared.edits,
+        copiedBytes: prepared.copiedBytes,
+        descriptors: plan.descriptors.map(({ pid, fd, kind, target, policy }) => ({ pid, fd, kind, target, policy })),
+      },
       engineData: {
         stdio: data.stdio,
         listeners: data.listeners.map((listener) => ({ ...listener })),
         paths: data.paths.map((path) => ({ ...path })),
         channels: data.channels.map((channel) => ({ ...channel })),
         terminal: data.terminal.map((description) => ({ ...description })),
+        reconnected: data.reconnected,
       },
       checkpointMs: frozenMs,
       prepareMs: Math.round(performance.now() - before),
@@ -297,12 +316,13 @@ export class CriuEngine implements Engine {
   }
 
   #streamsAndListeners(generation: Generation) {
-    const { stdio, listeners, channels, terminal = [] } = generation.manifest.engineData as unknown as EngineData
+    const { stdio, listeners, channels, terminal = [], reconnected = [] } = generation.manifest.engineData as unknown as EngineData
     const sockets = this.#sockets.get(generation.number)
     return {
       stdio,
       channels,
       terminal,
+      reconnected: reconnected.map((address) => Uint8Array.from(address)),
       listeners: listeners.map((listener) => {
         const descriptor = sockets?.get(listener.inode)
         if (descriptor === undefined) {

@@ -12,7 +12,7 @@ import { ForkImage } from '../../image/derive.js'
 import type { Listener } from '../../image/edits/listeners.js'
 import type { InheritedTerminal } from '../../image/edits/terminal.js'
 import { ids } from '../../linux/ids.js'
-import { idInUse, sendSignal, signalNumber } from '../../linux/libc.js'
+import { idInUse, sendSignal, signalNumber, takesDatagrams } from '../../linux/libc.js'
 import { runTrace, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import { Terminal } from '../../terminal.js'
@@ -38,6 +38,8 @@ export interface SourceOptions {
   /** With the descriptor that children take each from. */
   listeners: readonly (Listener & { descriptor: number })[]
   channels: readonly SourceChannel[]
+  /** Where Unix sockets for datagrams are connected anew, as the kernel has the address. */
+  reconnected: readonly Uint8Array[]
   terminal: readonly InheritedTerminal[]
   /** Makes what an earlier child has removed again. */
   remakePaths: () => void
@@ -71,6 +73,8 @@ export class CriuForkSource implements ForkSource {
   readonly #lease: Lease
   #image: ForkImage
   #replaced: ReadonlyMap<string, string>
+  /** Addresses of `reconnected` at which nobody listens now. */
+  #unreachable: ReadonlySet<string>
   /** Read by descriptor where the workers' user may not enter the store. */
   readonly #pageFiles: { key: string; fd: number }[]
   readonly #queue = new PQueue({ concurrency: AT_ONCE })
@@ -82,6 +86,7 @@ export class CriuForkSource implements ForkSource {
     this.#options = options
     const { generation } = options
     this.#replaced = generation.replacedFiles()
+    this.#unreachable = unreachable(options.reconnected)
     this.#image = this.#load()
     this.#pageFiles = options.launcher.unprivileged
       ? generation.pageFiles.map((name) => {
@@ -169,6 +174,7 @@ export class CriuForkSource implements ForkSource {
       deathSignal,
       keepsIds: this.#keepsIds,
       replaced: this.#replaced,
+      ...(this.#unreachable.size > 0 ? { isUnreachable: (address) => this.#unreachable.has(nameOf(address)) } : {}),
     })
   }
 
@@ -181,12 +187,15 @@ export class CriuForkSource implements ForkSource {
     const { generation } = this.#options
     generation.checkUntouched()
     const replaced = generation.replacedFiles()
+    const silent = unreachable(this.#options.reconnected)
     if (
+      sameMembers(silent, this.#unreachable) &&
       replaced.size === this.#replaced.size &&
       [...replaced].every(([path, kept]) => this.#replaced.get(path) === kept)
     )
       return
     this.#replaced = replaced
+    this.#unreachable = silent
     this.#image = this.#load()
     for (const one of this.#ahead.splice(0)) void this.#discard(one)
   }
@@ -316,6 +325,17 @@ export class CriuForkSource implements ForkSource {
       return relay?.finish()
     })
   }
+}
+
+const nameOf = (address: Uint8Array) => Buffer.from(address).toString('latin1')
+
+/** A connection to nobody would make the restore fail; without it the program gets an error when it sends, and connects again. */
+function unreachable(addresses: readonly Uint8Array[]): Set<string> {
+  return new Set(addresses.filter((address) => !takesDatagrams(address)).map(nameOf))
+}
+
+function sameMembers(one: ReadonlySet<string>, other: ReadonlySet<string>): boolean {
+  return one.size === other.size && [...one].every((member) => other.has(member))
 }
 
 function relayed(stdio: StdioFds): Relay {

@@ -5,6 +5,7 @@ const InheritFd = message({ key: required(1, 'string'), fd: required(2, 'int32')
 
 const Options = message({
   imagesDirectoryFd: required(1, 'int32'),
+  externalUnixSockets: optional(4, 'bool'),
   logLevel: optional(9, 'int32'),
   logFile: optional(10, 'string'),
   restoreSibling: optional(26, 'bool'),
