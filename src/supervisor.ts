@@ -25,6 +25,7 @@ import {
   type SupervisorOptions,
   ttySchema,
 } from './options.js'
+import { pidWarnings } from './pid-sensitive.js'
 import { Pool, type PoolState } from './pool.js'
 import { untilReady } from './readiness.js'
 import { untilAtRest } from './rest.js'
@@ -40,7 +41,7 @@ export type StartPhase = 'boot' | 'ready' | 'warmup' | 'rest' | 'checkpoint' | '
 
 /** Something that goes on working, but not as the user may think. */
 export interface Warning {
-  /** Names the kind: `engine-spawn`, `no-guard`, `generation`, `refill-failed`, `stray-resume`, `parked-ended`, `crashes`, `stop-failed`. */
+  /** Names the kind: `engine-spawn`, `no-guard`, `generation`, `identity`, `refill-failed`, `stray-resume`, `parked-ended`, `crashes`, `stop-failed`. */
   readonly kind: string
   /** What is the case, why, and what to do. */
   readonly message: string
@@ -504,6 +505,8 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   async #checkpoint(template: Template): Promise<GenerationInfo> {
     const { memory, descriptors, checkpointTimeoutMs } = this.#options
     let generation: GenerationInfo
+    const isFresh = this.engine === 'criu' && this.#options.identity === 'fresh'
+    for (const message of isFresh ? pidWarnings(template.pid) : []) this.#warn('identity', message)
     try {
       generation = await this.#engine!.checkpoint(template.source(), {
         memory,
@@ -621,7 +624,12 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   #checkTerminal({ tty, stdio }: ForkRequest): void {
     const hasTerminal = this.#options.template.tty !== undefined
     if (hasTerminal && stdio !== undefined && stdio !== 'pipe') {
-      throw badOption('stdio', 'not to be there, since the template was booted on a terminal', stdio, 'Use `tty`.')
+      throw badOption(
+        'stdio',
+        'not to be there, since the template was booted on a terminal',
+        stdio,
+        'Fork with `tty`, or `warmfork fork --tty`.',
+      )
     }
     if (tty === undefined) return
     if (!hasTerminal) {

@@ -29,6 +29,7 @@ enum {
   LINE_BYTES = 2 * PATH_BYTES + 16,
   SWEEP_MS = 10000,
   CRIU_MS = 3000,
+  PF_EXITING = 4,
 };
 
 /* ---- memory: arrays that grow --------------------------------------------------------------------------------- */
@@ -75,7 +76,7 @@ struct tracked {
 /* One process of /proc. */
 struct process {
   int pid, parent, group, session, threads;
-  char state, ours, spared;
+  char state, ours, spared, exited;
   uint64_t start;
 };
 
@@ -152,17 +153,21 @@ static int read_process(int pid, struct process *process) {
   if (at == text) return 0;
   const char *next = at + 2;
   char state = *next++;
-  uint64_t fields[19];
-  for (int i = 0; i < 19; i++)
+  uint64_t fields[20];
+  for (int i = 0; i < 20; i++)
     if (!(next = read_number(next, &fields[i]))) return 0;
   *process = (struct process){.pid = pid, .parent = (int)fields[0], .group = (int)fields[1], .session = (int)fields[2],
-                              .threads = (int)fields[16], .state = state, .start = fields[18]};
+                              .threads = (int)fields[16], .state = state, .start = fields[18],
+                              .exited = (fields[5] & PF_EXITING) && fields[19] == 0};
   return 1;
 }
 
-/* A zombie whose other threads still run is not gone. */
+/*
+ * A zombie whose other threads still run is not gone. The first process of a pid namespace is, once it has no memory any
+ * more: it waits for the zombies of its namespace, for ever where whoever has inherited them does not reap.
+ */
 static int is_gone(const struct process *process) {
-  return process->state == 'X' || (process->state == 'Z' && process->threads <= 1);
+  return process->state == 'X' || ((process->state == 'Z' || process->exited) && process->threads <= 1);
 }
 
 /* Whether a process has the token as a whole variable name in the environment that it was started with. */

@@ -1,5 +1,5 @@
 /** Readers of /proc. They return undefined where the process is gone, and know nothing of warmfork. */
-import { closeSync, openSync, readdirSync, readFileSync, readSync } from 'node:fs'
+import { closeSync, openSync, readdirSync, readFileSync, readlinkSync, readSync } from 'node:fs'
 
 export interface ProcStat {
   pid: number
@@ -23,7 +23,7 @@ export interface ProcStat {
 const buffer = Buffer.allocUnsafe(64 << 10)
 
 /** Reads a file of /proc; undefined where the process is gone or is not ours to read. */
-function read(path: string): string | undefined {
+export function read(path: string): string | undefined {
   let fd: number | undefined
   try {
     fd = openSync(path, 'r')
@@ -159,6 +159,23 @@ export function descendants(root: number): number[] {
   return found
 }
 
+/** What the descriptors of a process lead to: paths, `pipe:[INODE]`, `anon_inode:[eventpoll]`. */
+export function openTargets(pid: number): string[] {
+  let fds: string[]
+  try {
+    fds = readdirSync(`/proc/${pid}/fd`)
+  } catch {
+    return []
+  }
+  return fds.flatMap((fd) => {
+    try {
+      return readlinkSync(`/proc/${pid}/fd/${fd}`)
+    } catch {
+      return []
+    }
+  })
+}
+
 export interface MemoryUse {
   rssBytes: number
   pssBytes: number
@@ -242,4 +259,13 @@ export function bootId(): string {
 
 export function pidMax(): number {
   return Number(readFileSync('/proc/sys/kernel/pid_max', 'latin1'))
+}
+
+/** Inode of the pipe that a process has open on a descriptor; 0 where that is something else, or closed. */
+export function pipeInode(pid: number, fd: number): bigint {
+  try {
+    return BigInt(/^pipe:\[(\d+)\]$/.exec(readlinkSync(`/proc/${pid}/fd/${fd}`))?.[1] ?? 0)
+  } catch {
+    return 0n
+  }
 }

@@ -61,7 +61,14 @@ export interface RestorerOptions {
 }
 
 export type RestoreOutcome =
-  | { ok: true; pid: number; pids?: number[] | undefined; pipes: StdioFds | undefined; terminal: number | undefined; channels: readonly number[] }
+  | {
+      ok: true
+      pid: number
+      pids?: number[] | undefined
+      pipes: StdioFds | undefined
+      terminal: number | undefined
+      channels: readonly number[]
+    }
   | { ok: false; log: string; timedOut: boolean; exit: string }
 
 /** Where criu's descriptors begin: 0 to 2 are its own, 3 is the socket. */
@@ -229,7 +236,14 @@ export class Restorer {
         const terminal = this.#terminal
         this.#pipes = undefined
         this.#terminal = undefined
-        return { ok: true, pid: ids?.[0] ?? derived.rootPid, pids: ids, pipes, terminal, channels: this.#channels.splice(0) }
+        return {
+          ok: true,
+          pid: ids?.[0] ?? derived.rootPid,
+          pids: ids,
+          pipes,
+          terminal,
+          channels: this.#channels.splice(0),
+        }
       }
       // One in an uninterruptible wait does not end: then the fork fails all the same.
       const ended = await Promise.race([this.#exited, sleep(GONE_TIMEOUT_MS, undefined, { ref: false })])

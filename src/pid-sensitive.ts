@@ -1,0 +1,54 @@
+/**
+ * Programs that are known not to bear a new process id, told from outside by what they map, what they have open and where they
+ * wait. It knows processes, and nothing of engines and images.
+ */
+import { readFileSync } from 'node:fs'
+import { openTargets, processTree, read, threadIds } from './linux/proc.js'
+
+/** CPython keeps the pid beside the running loop, and with another one says that there is none; from 3.14 on it does not. */
+const FIRST_PYTHON_WITHOUT_CHECK = 14
+
+/** Of a mapped library or program: `python3.11`, `libpython3.12.so.1.0`, `_asyncio.cpython-313-x86_64-linux-gnu.so`. */
+const PYTHON = /\/(?:lib)?python3\.(\d+)[^/]*$/
+const ASYNCIO = /\/(?:_asyncio|loop)\.cpython-3(\d+)-[^/]*\.so$/
+
+/** epoll_wait, epoll_pwait and epoll_pwait2 of x86-64. */
+const EPOLL_WAITS = new Set(['232', '281', '441'])
+
+/**
+ * What the user should hear of a tree that is about to be forked with fresh ids: a sentence for each process that is known not
+ * to go on with another pid. An agent that is parked in it is not waiting in its event loop, and sees to that itself.
+ */
+export function pidWarnings(root: number): string[] {
+  return processTree(root).flatMap(({ pid, comm }) => {
+    if (!hasRunningLoop(pid)) return []
+    return (
+      `Process ${pid} (${comm}) waits in an asyncio event loop, which does not go on under another process id: its forks will fail ` +
+      'with "no running event loop". Let it load the agent, which corrects that, or start the supervisor with ' +
+      "`identity: 'namespace'`, with which forks keep their ids (docs/identity.md)."
+    )
+  })
+}
+
+/** Whether a process is CPython below 3.14 with asyncio (or uvloop) loaded, one of whose threads waits in epoll. */
+function hasRunningLoop(pid: number): boolean {
+  const maps = read(`/proc/${pid}/maps`)
+  if (!maps?.includes('python')) return false
+  const paths = new Set(maps.split('\n').flatMap((line) => /\/.*$/.exec(line)?.[0] ?? []))
+  const minor = (pattern: RegExp) => [...paths].map((path) => pattern.exec(path)?.[1]).find((found) => found)
+  // Where asyncio is built in, it cannot be told apart from what else waits in epoll.
+  const asyncio = minor(ASYNCIO)
+  const python = minor(PYTHON) ?? asyncio
+  if (asyncio === undefined || Number(python) >= FIRST_PYTHON_WITHOUT_CHECK) return false
+  if (!openTargets(pid).some((target) => target === 'anon_inode:[eventpoll]')) return false
+  return threadIds(pid).some((thread) => waitsInEpoll(pid, thread))
+}
+
+/** True also where the kernel does not say in which call a thread waits. */
+function waitsInEpoll(pid: number, thread: number): boolean {
+  try {
+    return EPOLL_WAITS.has(readFileSync(`/proc/${pid}/task/${thread}/syscall`, 'latin1').split(' ')[0]!)
+  } catch {
+    return true
+  }
+}
