@@ -18,7 +18,6 @@ import {
 import { join } from 'node:path'
 import { setImmediate as nextTurn } from 'node:timers/promises'
 import { AddressSpace } from './address-space.js'
-import { type DetachOptions, type Detached, detach } from './detach.js'
 import { type Detached, type DetachOptions, detach } from './detach.js'
 import { dropFifoData, dropLocks, dropSizeChecks } from './edits/file-checks.js'
 import { findIdPlaces, pagesOf } from './edits/identity.js'
