@@ -114,7 +114,7 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
     try {
       child = spawn(file, args, {
         cwd: command.cwd,
-        env: { ...command.env },
+        env: command.tty ? onTerminal(command.env) : { ...command.env },
         // Its own session: CRIU dumps whole sessions, and a Ctrl-C at the terminal is the supervisor's alone. (setsid makes one.)
         detached: pty === undefined,
         stdio: theirs ? [...theirs] : 'pipe',
@@ -265,6 +265,11 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
     this.#ownsPipes = false
     closeAll(this.pipes)
   }
+}
+
+/** Programs draw for the terminal that TERM names; a service has none. And the size is the terminal's to tell. */
+function onTerminal({ COLUMNS: _columns, LINES: _lines, ...env }: Readonly<Record<string, string>>) {
+  return { TERM: 'xterm-256color', ...env }
 }
 
 interface Pty extends SourceTerminal {

@@ -2,40 +2,91 @@
  * `warmfork fork`: a child on this terminal. Only what it needs is loaded, and this process writes nothing as long as the
  * child runs: the standard streams are the child's.
  */
+import { isatty } from 'node:tty'
 import type { Command } from 'commander'
-import { connectToSupervisor } from '../control/client.js'
+import { type ControlClient, connectToSupervisor } from '../control/client.js'
 import { PASSED_SIGNALS } from '../control/protocol.js'
 import { defaultRuntimeDirectory } from '../control/runtime-directory.js'
+import { WarmforkError } from '../errors.js'
+import type { ExitStatus } from '../linux/reaper.js'
 import { type Addressed, JSON_OPTION, NAME_OPTION, RUNTIME_OPTION, subcommand } from './command.js'
 import { exitStatusOf } from './failure.js'
 
 export function forkCommand(): Command {
-  return subcommand('fork', "fork a child on this terminal's stdin, stdout and stderr; its exit status is ours", [
+  return subcommand('fork', "fork a child on this command's stdin, stdout and stderr; its exit status is ours", [
     ['warmfork fork', 'the only supervisor that runs'],
     ['echo hello | warmfork fork --name shop', 'its stdin is that of this command'],
+    ['warmfork fork --tty --name repl', 'a REPL whose supervisor was started with `warmfork run --tty`'],
   ])
     .option(...NAME_OPTION)
     .option(...RUNTIME_OPTION)
+    .option('-t, --tty', 'give it a terminal of its own, shown on this one')
     .option(JSON_OPTION[0], "print errors as JSON on stderr; stdout is the child's")
-    .action(async (options: Addressed) => {
+    .action(async (options: ForkFlags) => {
       const status = await fork(options)
       // Nothing is left to wait for, and the exit handlers of this process cost milliseconds.
       process.exit(status)
     })
 }
 
-async function fork({ name, runtimeDirectory = defaultRuntimeDirectory() }: Addressed): Promise<number> {
+interface ForkFlags extends Addressed {
+  tty?: boolean
+}
+
+async function fork({ name, runtimeDirectory = defaultRuntimeDirectory(), tty }: ForkFlags): Promise<number> {
+  if (tty) requireTerminal()
   const client = await connectToSupervisor(runtimeDirectory, name)
   const request = client.nextId
   // The child leads a session of its own, so that what the terminal sends arrives here only.
   for (const signal of PASSED_SIGNALS) {
+    if (tty && signal === 'SIGWINCH') continue
     process.on(signal, () => {
       client.request('signal', { request, signal }).catch(() => {})
     })
   }
   try {
-    return exitStatusOf(await client.request('fork', {}))
+    return exitStatusOf(tty ? await onTerminal(client, request) : await client.request('fork', {}))
   } finally {
     client.close()
+  }
+}
+
+function requireTerminal(): void {
+  if (isatty(0) && isatty(1)) return
+  throw new WarmforkError('BAD_OPTION', {
+    tried: 'fork on a terminal',
+    happened: 'stdin and stdout of this command are no terminal',
+    remedy: 'Leave `--tty` out, or run it on a terminal.',
+  })
+}
+
+/**
+ * As long as the child runs, this terminal is in raw mode: what is typed, Ctrl-C too, is a byte for the child, and the child's own
+ * terminal makes of it what its modes say. The supervisor reads it and writes to it.
+ */
+async function onTerminal(client: ControlClient, request: number): Promise<ExitStatus> {
+  const size = () => ({ columns: process.stdout.columns || 80, rows: process.stdout.rows || 24 })
+  process.stdout.on('resize', () => {
+    client.request('resize', { request, ...size() }).catch(() => {})
+  })
+  let setRaw: (on: boolean) => void = () => {}
+  process.once('exit', () => setRaw(false))
+  // After a stop the shell has set the modes that it wants.
+  process.on('SIGCONT', () => setRaw(true))
+  let over = false
+  const result = client.request('fork', { tty: size() }, async () => {
+    // Loaded here, so that the child need not wait for it. Node's own raw mode still changes line ends.
+    const { rawModes, setTerminalModes, terminalModes } = await import('../linux/pty.js')
+    if (over) return
+    const before = terminalModes(0)
+    setRaw = (on) => setTerminalModes(0, on ? rawModes(before) : before)
+    setRaw(true)
+  })
+  try {
+    return await result
+  } finally {
+    over = true
+    process.removeAllListeners('SIGCONT')
+    setRaw(false)
   }
 }

@@ -39,6 +39,7 @@ export interface RunFlags {
 
   readonly engine?: 'auto' | 'criu' | 'spawn'
   readonly memory?: 'auto' | 'cow' | 'copy'
+  readonly tty?: boolean
   readonly afterCheckpoint?: 'continue' | 'end'
   readonly bootTimeout?: number
   readonly restTimeout?: number
@@ -108,6 +109,7 @@ export function addRunFlags(command: Command): Command {
 
   choose('--engine <engine>', 'what forks: criu restores, spawn starts anew (default: auto)', ['auto', 'criu', 'spawn'])
   choose('--memory <mode>', 'children share memory (cow) or copy it (default: auto)', ['auto', 'cow', 'copy'])
+  command.option('-t, --tty', 'boots the command on a terminal, and gives each fork one of its own')
   choose('--after-checkpoint <what>', 'what the template does then (default: continue)', ['continue', 'end'])
   add('--boot-timeout <time>', 'from the start to readiness (default: 1m)', parseDuration)
   add('--rest-timeout <time>', 'how long the checkpoint waits for rest (default: 10s)', parseDuration)
@@ -175,6 +177,7 @@ export function supervisorOptions(command: readonly [string, ...string[]], flags
     bootTimeoutMs: flags.bootTimeout,
     restTimeoutMs: flags.restTimeout,
     stopTimeoutMs: flags.stopTimeout,
+    tty: flags.tty,
   })
   const pool = defined<PoolOptions>({
     size: flags.poolSize,

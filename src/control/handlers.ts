@@ -1,12 +1,15 @@
 /** What the methods of the control socket do, on a supervisor. It knows the public API of the supervisor, and no socket. */
 import { closeSync } from 'node:fs'
+import { isatty } from 'node:tty'
 import type { Child, ChildStats } from '../child.js'
-import type { GenerationInfo } from '../engines/engine.js'
+import type { GenerationInfo, StdioFds } from '../engines/engine.js'
 import { WarmforkError } from '../errors.js'
 import type { StopOptions, Supervisor } from '../supervisor.js'
+import type { TerminalSize } from '../terminal.js'
 import { takeStdio } from './client-stdio.js'
 import type { GenerationStatus, Status } from './protocol.js'
 import type { Caller, Handlers } from './server.js'
+import type { TerminalLink } from './terminal-link.js'
 
 export interface Controlled {
   /** Of warmfork. */
@@ -23,15 +26,30 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
   return {
     status: async () => statusOf(await controlled.created, controlled.version),
 
-    async fork(_params, caller, request) {
+    async fork({ tty }, caller, request) {
       // Signals that come before the child does wait for it.
       const waiting: NodeJS.Signals[] = []
       let child: Child | undefined
+      let size = tty
       caller.forks.set(request.id, {
         kill: (signal) => (child ? child.kill(signal) : waiting.push(signal) > 0),
+        resize: (wanted) => {
+          if (!size) return false
+          size = wanted
+          child?.terminal.resize(wanted.columns, wanted.rows)
+          return true
+        },
       })
       try {
         const supervisor = await until(caller.signal, controlled.started)
+        if (tty) {
+          const on = await forkOnTerminal(supervisor, caller, tty)
+          child = on.child
+          if (size && size !== tty) child.terminal.resize(size.columns, size.rows)
+          request.emit({ pid: child.pid, generation: child.generation })
+          for (const signal of waiting) child.kill(signal)
+          return await linked(caller, child, on.link)
+        }
         child = await forkOn(supervisor, caller)
         request.emit({ pid: child.pid, generation: child.generation })
         for (const signal of waiting) child.kill(signal)
@@ -45,6 +63,10 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
       return { delivered: caller.forks.get(request)?.kill(signal) ?? false }
     },
 
+    async resize({ request, columns, rows }, caller) {
+      return { delivered: caller.forks.get(request)?.resize({ columns, rows }) ?? false }
+    },
+
     async stop(options) {
       await controlled.stop(options)
       return {}
@@ -53,6 +75,56 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
 }
 
 async function forkOn(supervisor: Supervisor, caller: Caller): Promise<Child> {
+  const stdio = stdioOf(caller)
+  try {
+    return await supervisor.fork({ stdio, signal: caller.signal })
+  } finally {
+    for (const fd of stdio) closeSync(fd)
+  }
+}
+
+/** A child on a terminal of its own, linked to that of the client. */
+async function forkOnTerminal(supervisor: Supervisor, caller: Caller, tty: TerminalSize) {
+  const [input, output, errors] = stdioOf(caller)
+  closeSync(errors)
+  let child: Child | undefined
+  try {
+    for (const fd of [input, output]) {
+      if (!isatty(fd)) {
+        throw new WarmforkError('BAD_OPTION', {
+          tried: 'fork on the terminal of the client',
+          happened: 'its stdin and stdout are no terminal',
+          remedy: 'Run `warmfork fork --tty` on a terminal.',
+        })
+      }
+    }
+    // Loaded here, since it does not load anywhere else than on Linux.
+    const { TerminalLink } = await import('./terminal-link.js')
+    child = await supervisor.fork({ tty, signal: caller.signal })
+    return { child, link: new TerminalLink(child.terminal, input, output) }
+  } catch (error) {
+    child?.terminal.close()
+    for (const fd of [input, output]) closeSync(fd)
+    throw error
+  }
+}
+
+/** The exit of a child on a terminal. Where the client goes, the child's terminal hangs up. */
+async function linked(caller: Caller, child: Child, link: TerminalLink) {
+  const abandon = () => link.abandon()
+  caller.signal.addEventListener('abort', abandon)
+  if (caller.signal.aborted) abandon()
+  try {
+    const status = await child.exit
+    if (!caller.signal.aborted) await link.finish()
+    return status
+  } finally {
+    caller.signal.removeEventListener('abort', abandon)
+  }
+}
+
+/** @throws RESTORE_FAILED, FDS_EXHAUSTED, CHILD_GONE */
+function stdioOf(caller: Caller): StdioFds {
   if (caller.pid === 0) {
     throw new WarmforkError('RESTORE_FAILED', {
       tried: 'take the standard streams of the client',
@@ -60,12 +132,7 @@ async function forkOn(supervisor: Supervisor, caller: Caller): Promise<Child> {
       remedy: 'Run `warmfork fork` in the pid namespace of the supervisor, on Linux.',
     })
   }
-  const stdio = takeStdio(caller.pid)
-  try {
-    return await supervisor.fork({ stdio, signal: caller.signal })
-  } finally {
-    for (const fd of stdio) closeSync(fd)
-  }
+  return takeStdio(caller.pid)
 }
 
 /** The exit of a child whose client may go: then the child is told as a terminal that hangs up tells its programs. */

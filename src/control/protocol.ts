@@ -12,6 +12,7 @@ import { ERROR_CODES, type ErrorCode, WarmforkError } from '../errors.js'
 import type { MemoryUse } from '../linux/proc.js'
 import type { ExitStatus } from '../linux/reaper.js'
 import type { SupervisorState, SupervisorStats } from '../supervisor.js'
+import type { TerminalSize } from '../terminal.js'
 
 /** Changes with every change that the other side could misunderstand. */
 export const PROTOCOL = 1
@@ -77,11 +78,14 @@ export interface Methods {
   status: { params: Record<string, never>; event: never; result: Status }
   /**
    * A child on the standard streams of the client's process. The result comes when the child has ended; where the client's
-   * connection ends before that, the child gets SIGHUP.
+   * connection ends before that, the child gets SIGHUP. With `tty` the child has a terminal of its own, of that size, whose other
+   * side is the client's terminal (its 0 and 1); from the event on, the client's is to be in raw mode.
    */
-  fork: { params: Record<string, never>; event: { pid: number; generation: number }; result: ExitStatus }
+  fork: { params: { tty?: TerminalSize }; event: { pid: number; generation: number }; result: ExitStatus }
   /** Sends a signal to the child of a `fork` that was asked for on this connection; it waits for a child that is not there yet. */
   signal: { params: { request: number; signal: NodeJS.Signals }; event: never; result: { delivered: boolean } }
+  /** Gives the terminal of the child of a `fork` another size. */
+  resize: { params: { request: number } & TerminalSize; event: never; result: { delivered: boolean } }
   /** Ends the supervisor; the result comes when all that it had made has ended. */
   stop: { params: { graceMs?: number }; event: never; result: Record<string, never> }
 }
@@ -92,11 +96,22 @@ export const PARAMS: {
   readonly [M in MethodName]: (params: Record<string, unknown>) => Methods[M]['params'] | undefined
 } = {
   status: (params) => (hasOnly(params) ? {} : undefined),
-  fork: (params) => (hasOnly(params) ? {} : undefined),
+  fork: (params) => {
+    const { tty } = params
+    if (!hasOnly(params, 'tty')) return undefined
+    if (tty === undefined) return {}
+    return isObject(tty) && hasOnly(tty, 'columns', 'rows') && isSize(tty) ? { tty } : undefined
+  },
   signal: (params) => {
     const { request, signal } = params
     if (!hasOnly(params, 'request', 'signal') || !isId(request)) return undefined
     return isSignal(signal) ? { request, signal } : undefined
+  },
+  resize: (params) => {
+    const { request, columns, rows } = params
+    if (!hasOnly(params, 'request', 'columns', 'rows') || !isId(request)) return undefined
+    const size = { columns, rows }
+    return isSize(size) ? { request, ...size } : undefined
   },
   stop: (params) => {
     const { graceMs } = params
@@ -119,6 +134,11 @@ export const PASSED_SIGNALS = [
 ] as const satisfies NodeJS.Signals[]
 
 const isSignal = (value: unknown): value is NodeJS.Signals => (PASSED_SIGNALS as readonly unknown[]).includes(value)
+
+function isSize(size: { columns?: unknown; rows?: unknown }): size is TerminalSize {
+  const isCells = (value: unknown) => Number.isInteger(value) && (value as number) >= 1 && (value as number) <= 65_535
+  return isCells(size.columns) && isCells(size.rows)
+}
 
 function hasOnly(params: Record<string, unknown>, ...keys: string[]): boolean {
   return Object.keys(params).every((key) => keys.includes(key))

@@ -17,6 +17,7 @@ import { createServer, type Server, type Socket } from 'node:net'
 import { dirname, join } from 'node:path'
 import { errnoOf, WarmforkError } from '../errors.js'
 import type { PeerCredentials } from '../linux/peer.js'
+import type { TerminalSize } from '../terminal.js'
 import { LineSplitter } from './lines.js'
 import {
   badMessage,
@@ -45,6 +46,8 @@ export interface Caller {
 /** A `fork` that is under way, for the `signal` requests that concern it. */
 export interface ForkOfCaller {
   kill(signal: NodeJS.Signals): boolean
+  /** False where it has no terminal. */
+  resize(size: TerminalSize): boolean
 }
 
 export type Handlers = {

@@ -93,6 +93,24 @@ export function terminalModes(fd: number): Uint8Array {
   return modes
 }
 
+/** The same modes with nothing done to what is typed or shown, as `cfmakeraw` makes them: each byte is passed on as it is. */
+export function rawModes(modes: Uint8Array): Uint8Array {
+  const raw = Buffer.from(modes)
+  const [IGNBRK, BRKINT, PARMRK, ISTRIP, INLCR, IGNCR, ICRNL, IXON] = [1, 2, 8, 0x20, 0x40, 0x80, 0x100, 0x400]
+  const [ISIG, ICANON, ECHO, ECHONL, IEXTEN] = [1, 2, 8, 0x40, 0x8000]
+  const [OPOST, CSIZE, CS8, PARENB] = [1, 0x30, 0x30, 0x100]
+  const without = (offset: number, flags: number) => raw.readUInt32LE(offset) & ~flags
+  raw.writeInt32LE(without(0, IGNBRK | BRKINT | PARMRK | ISTRIP | INLCR | IGNCR | ICRNL | IXON), 0)
+  raw.writeInt32LE(without(4, OPOST), 4)
+  raw.writeInt32LE(without(8, CSIZE | PARENB) | CS8, 8)
+  raw.writeInt32LE(without(12, ISIG | ICANON | ECHO | ECHONL | IEXTEN), 12)
+  // c_cc follows on the four flags and c_line: a read gives what is there, from one byte on.
+  const [VTIME, VMIN] = [17 + 5, 17 + 6]
+  raw[VTIME] = 0
+  raw[VMIN] = 1
+  return raw
+}
+
 export function setTerminalModes(fd: number, modes: Uint8Array): void {
   check('TCSETS', c.ioctl(fd, TCSETS, Buffer.from(modes)))
 }
