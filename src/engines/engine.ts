@@ -19,6 +19,10 @@ export type IdentityMode = 'fresh' | 'namespace'
 export interface SourceProcess {
   readonly pid: number
   readonly command: readonly string[]
+  /** The one that it was forked from; undefined where it was booted. */
+  readonly generation?: number
+  /** Its processes as they were forked (`ForkedProcess.pids`), where it is a fork. @default its root alone */
+  readonly forkedPids?: readonly number[]
   readonly cwd: string
   /** Environment keys whose values a later supervisor must share to use the generation; never the whole environment. */
   readonly declaredEnv: Readonly<Record<string, string>>
@@ -65,6 +69,13 @@ export interface CheckpointOptions {
   memory: MemoryMode | 'auto'
   signal?: AbortSignal
   timeoutMs: number
+  /**
+   * Whether the generation is to outlive this supervisor, and a power cut. One that does not is neither synced nor checksummed.
+   * @default true
+   */
+  durable?: boolean
+  /** Called as soon as the source may go on: all that must be read of it at rest was read. The generation is not complete then. */
+  onSourceFree?: () => void
 }
 
 /** What a supervisor needs to know of a generation; the rest is in its manifest. */

@@ -19,12 +19,14 @@ import { join } from 'node:path'
 import { planDescriptors } from '../../descriptors/policies.js'
 import { surveyTree } from '../../descriptors/survey.js'
 import { WarmforkError } from '../../errors.js'
+import type { Draft } from '../../generations/draft.js'
 import type { Generation } from '../../generations/generation.js'
 import type { Filled } from '../../generations/store.js'
 import { Store } from '../../generations/store.js'
 import { currentSurroundings } from '../../generations/surroundings.js'
 import { neededFiles } from '../../image/contents.js'
-import type { Listener } from '../../image/edits/listeners.js'
+import { type DetachOptions, detach } from '../../image/detach.js'
+import { inheritListeners, type Listener } from '../../image/edits/listeners.js'
 import { stdioPipes } from '../../image/edits/stdio.js'
 import type { InheritedTerminal } from '../../image/edits/terminal.js'
 import type { Range } from '../../image/edits/wipe.js'
@@ -46,6 +48,7 @@ import { type Criu, findCriu, formatVersion } from './binary.js'
 import { dump } from './dump.js'
 import { CriuForkSource } from './fork-source.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
+import { encodeWiped, Lineage } from './lineage.js'
 import { chooseMemory } from './memory-choice.js'
 import { forkError } from './restorer.js'
 import { hasFileCapabilities, requireRights } from './rights.js'
@@ -90,7 +93,8 @@ const AHEAD = 2
 /** A tmpfs on every Linux; programs may not be mapped from it in some containers, which does not matter here. */
 const SHARED_MEMORY = '/dev/shm'
 
-const PAGE_FILE = 'memory.warmfork-pages'
+/** The shim knows page files by the end of their names; a generation has its own and those that it inherited. */
+const pageFileName = (generation: number) => `memory-${generation}.warmfork-pages`
 
 export class CriuEngine implements Engine {
   readonly name = 'criu'
@@ -149,22 +153,25 @@ export class CriuEngine implements Engine {
     })
     const sockets = new Map<number, number>()
     const lost: string[] = []
+    const takeSockets = (pids: readonly number[], listeners: readonly Listener[]) => {
+      for (const { inode, path } of listeners) {
+        sockets.set(inode, takeSocket(pids, inode))
+        if (path !== undefined && !this.#keepSocketPath(path)) lost.push(path)
+      }
+    }
     let kept = false
+    const parent = source.generation === undefined ? undefined : await this.store.get(source.generation)
+    // Its own children hold it too, but they may end meanwhile.
+    parent?.hold()
     try {
-      const generation = await this.store.create({ parent: null, surroundings }, async (draft) => {
-        const raw = draft.scratchDirectory
+      const meta = { parent: parent?.number ?? null, surroundings, durable: options.durable ?? true }
+      const generation = await this.store.create(meta, async (draft) => {
         this.#launcher.admit(draft.directory)
-        this.#launcher.givePath(raw)
-        const filled = await this.#fill(source, options, {
-          raw,
-          image: draft.imageDirectory,
-          pageFile: { write: join(draft.directory, PAGE_FILE), map: join(draft.finalDirectory, PAGE_FILE) },
-        })
-        for (const { inode, path } of filled.listeners) {
-          sockets.set(inode, takeSocket(filled.pids, inode))
-          if (path !== undefined && !this.#keepSocketPath(path)) lost.push(path)
-        }
-        await draft.keepFiles(filled.files)
+        this.#launcher.givePath(draft.scratchDirectory)
+        const lineage = parent && (await Lineage.of(parent, draft.finalDirectory))
+        const filled = await this.#fill(source, options, draft, lineage, takeSockets)
+        await lineage?.link(draft, filled.inherited)
+        await draft.keepFiles(filled.files, parent)
         const warnings = lost.map(
           (path) =>
             `No link can be made beside ${path}: a child that removes it when it ends takes it from its siblings.`,
@@ -176,15 +183,20 @@ export class CriuEngine implements Engine {
       kept = true
       return generation.info
     } finally {
+      parent?.letGo()
       if (!kept) for (const fd of sockets.values()) closeSync(fd)
     }
   }
 
+  /** `takeSockets` is called while the source is as it was at the checkpoint. */
   async #fill(
     source: SourceProcess,
     options: CheckpointOptions,
-    paths: { raw: string; image: string; pageFile: { write: string; map: string } },
+    draft: Draft,
+    lineage: Lineage | undefined,
+    takeSockets: (pids: readonly number[], listeners: readonly Listener[]) => void,
   ) {
+    const pageFile = pageFileName(draft.number)
     const tree = processTree(source.pid)
     if (tree.length === 0) {
       const tried = `checkpoint process ${source.pid} (${source.command.join(' ')})`
@@ -195,7 +207,9 @@ export class CriuEngine implements Engine {
     for (const pid of pids) this.#launcher.track(pid)
     const memory = chooseMemory(pids, options.memory, (pid) => tree.find((one) => one.pid === pid)!.comm)
     const rssBytes = pids.reduce((sum, pid) => sum + (memoryUse(pid)?.rssBytes ?? 0), 0)
-    const wipe = this.#recordsWipeOnFork ? new Map() : wipedRanges(pids)
+    const wipe = this.#recordsWipeOnFork
+      ? new Map<number, Range[]>()
+      : wipedRanges(pids, lineage?.wiped(source.forkedPids ?? [source.pid]))
     const inherited = new Set([...source.stdioInodes.map(Number), ...source.channels.map(({ inode }) => inode)])
     const open = surveyTree(pids).filter(({ inode }) => inode === undefined || !inherited.has(inode))
     const plan = planDescriptors(open, options.descriptors ?? {}, `checkpoint ${source.command.join(' ')}`)
@@ -207,7 +221,7 @@ export class CriuEngine implements Engine {
       unprivileged: this.#launcher.unprivileged,
       pid: source.pid,
       command: source.command,
-      directory: paths.raw,
+      directory: draft.scratchDirectory,
       external: [
         ...[...source.channels.map(({ inode }) => inode), ...unixSockets].map((inode) => `unix[${inode}]`),
         ...externalTerminals(source.terminal),
@@ -219,17 +233,24 @@ export class CriuEngine implements Engine {
     })
     options.signal?.throwIfAborted()
     const before = performance.now()
+    const set = ImageSet.read(draft.scratchDirectory)
+    const detached = { inherited, disconnected: plan.disconnected, closed: plan.closed }
+    takeSockets(pids, findListeners(set, detached))
+    options.onSourceFree?.()
+    const renamed = lineage?.originals(set) ?? new Map<string, string>()
     const prepared = await prepare({
-      source: paths.raw,
-      target: paths.image,
-      pageFile: paths.pageFile,
+      source: draft.scratchDirectory,
+      image: set,
+      target: draft.imageDirectory,
+      pageFile: { write: join(draft.directory, pageFile), map: join(draft.finalDirectory, pageFile) },
       isShared: memory.isShared,
-      detach: { inherited, disconnected: plan.disconnected, closed: plan.closed },
+      inherited: lineage?.pageFiles ?? [],
+      renamed,
+      detach: detached,
       wipe,
       keepsIds: this.#options.identity === 'namespace',
     })
     options.signal?.throwIfAborted()
-    const set = ImageSet.read(paths.raw)
     const data: EngineData = {
       stdio: stdioPipes(set, source.stdioInodes),
       listeners: prepared.listeners.map((listener) => ({ ...listener, address: [...listener.address] })),
@@ -242,7 +263,7 @@ export class CriuEngine implements Engine {
     const filled: Filled = {
       memory: memory.mode,
       warnings: [...memory.warnings, ...plan.warnings],
-      pageFiles: prepared.pageFileRuns.length > 0 ? [{ name: PAGE_FILE, runs: prepared.pageFileRuns }] : [],
+      pageFiles: prepared.pageFileRuns.length > 0 ? [{ name: pageFile, runs: prepared.pageFileRuns }] : [],
       rssBytes,
       processes: set
         .processes()
@@ -259,11 +280,17 @@ export class CriuEngine implements Engine {
         channels: data.channels.map((channel) => ({ ...channel })),
         terminal: data.terminal.map((description) => ({ ...description })),
         reconnected: data.reconnected,
+        wiped: encodeWiped(wipe).map(({ pid, ranges }) => ({ pid, ranges })),
       },
       checkpointMs: frozenMs,
       prepareMs: Math.round(performance.now() - before),
     }
-    return { filled, pids, listeners: prepared.listeners, files: neededFiles(set) }
+    const files = neededFiles(set)
+    return {
+      filled,
+      inherited: prepared.inherited,
+      files: lineage ? lineage.filesToKeep(files, renamed) : files,
+    }
   }
 
   /** CRIU ≥ 4.2 writes wipe-on-fork and droppable memory's flags into the image; 4.1 leaves them out. */
@@ -316,7 +343,13 @@ export class CriuEngine implements Engine {
   }
 
   #streamsAndListeners(generation: Generation) {
-    const { stdio, listeners, channels, terminal = [], reconnected = [] } = generation.manifest.engineData as unknown as EngineData
+    const {
+      stdio,
+      listeners,
+      channels,
+      terminal = [],
+      reconnected = [],
+    } = generation.manifest.engineData as unknown as EngineData
     const sockets = this.#sockets.get(generation.number)
     return {
       stdio,
@@ -405,11 +438,24 @@ function externalTerminals(terminal: SourceTerminal | undefined): string[] {
   return [terminal, ...(any ? [any] : [])].map(({ rdev, dev }) => `tty[${rdev.toString(16)}:${dev.toString(16)}]`)
 }
 
-function wipedRanges(pids: readonly number[]): Map<number, Range[]> {
+/** The sockets that an image's forks will share, found without a change to it. */
+function findListeners(set: ImageSet, detached: DetachOptions): Listener[] {
+  const copy = set.copy()
+  detach(copy, detached)
+  return inheritListeners(copy)
+}
+
+/** `carried`: ranges of forks, whose memory has lost its flags. */
+function wipedRanges(pids: readonly number[], carried?: ReadonlyMap<number, readonly Range[]>): Map<number, Range[]> {
   return new Map(
-    pids.map((pid) => [
-      pid,
-      (mappingsWithFlags(pid) ?? []).filter(({ vmFlags }) => vmFlags.includes('wf') || vmFlags.includes('dp')),
-    ]),
+    pids.map((pid) => {
+      const mappings = mappingsWithFlags(pid) ?? []
+      const flagged = mappings.filter(({ vmFlags }) => vmFlags.includes('wf') || vmFlags.includes('dp'))
+      // Something else may have been mapped there since.
+      const still = (carried?.get(pid) ?? []).filter(({ start, end }) =>
+        mappings.some((one) => one.start <= start && end <= one.end && one.path === ''),
+      )
+      return [pid, [...flagged, ...still].map(({ start, end }) => ({ start, end }))]
+    }),
   )
 }
