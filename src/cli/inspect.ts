@@ -1,5 +1,6 @@
 /** `warmfork inspect`: what a generation holds. It reads files only; the supervisor need not run. */
 import type { Command } from 'commander'
+import { descriptorKind, isDescriptorKind } from '../descriptors/kinds.js'
 import { WarmforkError } from '../errors.js'
 import type { Generation } from '../generations/generation.js'
 import type { Json, MappedFile } from '../generations/manifest.js'
@@ -74,8 +75,19 @@ interface Inspected extends Contents {
   readonly usedBy: readonly number[]
   readonly mappedFiles: readonly MappedFileState[]
   readonly edits: Json
+  /** What the source had open, each with what a fork has instead. */
+  readonly descriptors: readonly DescriptorState[]
   readonly warnings: readonly string[]
   readonly verified?: boolean
+}
+
+interface DescriptorState {
+  readonly pid: number
+  /** -1 for what a process has mapped and not open. */
+  readonly fd: number
+  readonly kind: string
+  readonly target: string
+  readonly policy: string
 }
 
 interface MappedFileState {
@@ -114,9 +126,16 @@ async function inspect(generation: Generation): Promise<Inspected> {
     usedBy: generation.leases().map(({ pid }) => pid),
     ...(await contentsOf(generation)),
     mappedFiles: manifest.mappedFiles.map((entry) => stateOf(generation, entry)),
-    edits: manifest.edits,
+    ...editsOf(manifest.edits),
     warnings: manifest.warnings,
   }
+}
+
+/** The report on descriptors stands beside the other edits. */
+function editsOf(all: Json): { edits: Json; descriptors: readonly DescriptorState[] } {
+  if (typeof all !== 'object' || all === null || Array.isArray(all)) return { edits: all, descriptors: [] }
+  const { descriptors = [], ...edits } = all
+  return { edits, descriptors: descriptors as unknown as DescriptorState[] }
 }
 
 function stateOf(generation: Generation, entry: MappedFile): MappedFileState {
@@ -159,6 +178,7 @@ function format(found: Inspected): string {
     ['Open files', fileTable(found)],
     ['Sockets', socketTable(found)],
     ['Other descriptors', otherTable(found)],
+    ['What a fork has instead', descriptorTable(found)],
     ['Edits', editLines(found.edits)],
     ['Warnings', found.warnings.join('\n')],
   ]
@@ -247,6 +267,26 @@ function otherTable({ others }: Contents): string {
   return table(
     [{ title: 'PID', align: 'right' }, { title: 'FD', align: 'right' }, { title: 'TYPE' }],
     others.map(({ pid, fd, type }) => [String(pid), String(fd), type]),
+  )
+}
+
+/** One line for all descriptors that lead to the same. */
+function descriptorTable({ descriptors }: Inspected): string {
+  if (descriptors.length === 0) return ''
+  const groups = new Map<string, DescriptorState[]>()
+  for (const one of descriptors) {
+    const key = JSON.stringify([one.kind, one.policy, one.target])
+    groups.set(key, [...(groups.get(key) ?? []), one])
+  }
+  return table(
+    [{ title: 'KIND' }, { title: 'POLICY' }, { title: 'PID:FD' }, { title: 'TARGET' }],
+    [...groups.values()].map((group) => {
+      const { kind, policy, target } = group[0]!
+      const where = group.slice(0, 3).map(({ pid, fd }) => (fd < 0 ? `${pid}:mapped` : `${pid}:${fd}`))
+      const more = group.length > 3 ? ` and ${group.length - 3} more` : ''
+      const words = isDescriptorKind(kind) ? descriptorKind(kind).words : kind
+      return [words.replace(/^an? /, ''), policy, `${where.join(' ')}${more}`, target]
+    }),
   )
 }
 
