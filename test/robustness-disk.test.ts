@@ -97,7 +97,7 @@ describe.skipIf(process.getuid?.() !== 0)('a disk that is full', () => {
     const options = { name: 'disk', command: command(MEMORY_MIB) }
     const first = await place.current.start(options)
     await first.stop()
-    const memoryBytes = statSync(join(store(), 'disk', 'generations', '1', 'memory.warmfork-pages')).blocks * 512
+    const memoryBytes = statSync(join(store(), 'disk', 'generations', '1', 'memory-1.warmfork-pages')).blocks * 512
     resize(store(), Math.ceil(usedMib() + (share * memoryBytes) / 2 ** 20))
     const error = await place.current.start(options).catch((error) => error)
     expect(error).toMatchObject({ code: 'DISK_FULL', remedy: expect.stringContaining('warmfork prune') })

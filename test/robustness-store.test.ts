@@ -27,7 +27,7 @@ import { useCleanPlace } from './leftovers.js'
 
 const command = [process.execPath, join(PROGRAMS, 'app.mjs')] as const
 const NAME = 'store'
-const PAGES = 'memory.warmfork-pages'
+const PAGES = 'memory-1.warmfork-pages'
 
 describe('a store that is changed under a supervisor', () => {
   const place = useCleanPlace()

@@ -151,7 +151,7 @@ describe.skipIf(!isRoot || !isOpen)('a supervisor that is root, with workers tha
     const store = (...path: string[]) => join(place.current.directory, 'store', 'closed', ...path)
     await supervisor.fork()
     expect([store(), store('generations'), store('generations', '1')].map(mode)).toEqual(['710', '710', '710'])
-    expect(mode(store('generations', '1', 'memory.warmfork-pages'))).toBe('440')
+    expect(mode(store('generations', '1', 'memory-1.warmfork-pages'))).toBe('440')
     // Whoever is in the group can enter, but not list, and write nowhere.
     const tried = (command: string) => spawnSync(asNobody[0]!, [...asNobody.slice(1), 'sh', '-c', command]).status
     expect(tried(`ls ${store()}`)).not.toBe(0)
