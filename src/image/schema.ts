@@ -262,7 +262,6 @@ const TtyFile = message({
 
 const EventPoll = message({
   id: required(1, 'uint32'),
-  flags: required(2, 'uint32'),
   owner: required(3, FileOwner),
   watched: repeated(4, message({ fd: required(2, 'uint32') })),
 })
