@@ -7,10 +7,12 @@ import { closeSync } from 'node:fs'
 import { Socket } from 'node:net'
 import { Readable, Writable } from 'node:stream'
 import pidusage from 'pidusage'
+import { AgentGroup, type ForkInput } from './agents/group.js'
+import { payloadOf, payloadValue } from './agents/protocol.js'
 import { endTrees } from './ending.js'
-import type { ForkedProcess } from './engines/engine.js'
+import type { ForkedProcess, SourceProcess } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
-import { descendants, isEnding, memoryUse } from './linux/proc.js'
+import { descendants, isEnding, memoryUse, pipeInode } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
 import { OutputPipe, PIPE_BYTES, takeFromPipe } from './output-pipe.js'
 import type { Terminal, TerminalSize } from './terminal.js'
@@ -48,6 +50,10 @@ export interface EndOptions {
 export interface ChildEvents {
   /** It was continued and runs. */
   running: []
+  /** Its program sent something through its agent: bytes, or a value that JSON can have. */
+  message: [data: unknown]
+  /** It is being ended, since its hooks failed. */
+  hooksFailed: [error: WarmforkError]
   exit: [status: ExitStatus]
 }
 
@@ -56,6 +62,25 @@ export interface ChildEvents {
  * given to another process, and since the package cannot forget a single one.
  */
 const CPU_MEMORY_MS = 5_000
+
+/** @internal */
+export interface ChildOptions {
+  readonly stopTimeoutMs: number
+  readonly hookTimeoutMs: number
+  /** The process that its generation was taken of. */
+  readonly origin: SourceProcess
+}
+
+/** What a child is continued with. @internal */
+export interface Resumption {
+  readonly size?: TerminalSize | undefined
+  readonly input?: ForkInput | undefined
+  /** Of the program's own request that it answers. */
+  readonly call?: number | undefined
+}
+
+/** How long a fork whose hooks failed has to end by itself. */
+const LAST_WORDS_MS = 500
 
 /** How soon, and how seldom in the end, pipes of an ended child are looked at that others have open. */
 const FIRST_LOOK_MS = 50
@@ -76,6 +101,9 @@ export class Child extends EventEmitter<ChildEvents> {
 
   readonly #process: ForkedProcess
   readonly #stopTimeoutMs: number
+  readonly #hookTimeoutMs: number
+  readonly #origin: SourceProcess
+  readonly #agents: AgentGroup | undefined
   #state: ChildState = 'parked'
   #forkedAt: Date | undefined
   readonly #parkedSince = Date.now()
@@ -95,9 +123,16 @@ export class Child extends EventEmitter<ChildEvents> {
   #look: NodeJS.Timeout | undefined
 
   /** @internal */
-  constructor(process_: ForkedProcess, options: { stopTimeoutMs: number }) {
+  constructor(process_: ForkedProcess, options: ChildOptions) {
     super()
+    this.#origin = options.origin
     this.#process = process_
+    this.#hookTimeoutMs = options.hookTimeoutMs
+    this.#agents = process_.agents ?? (process_.channels.length > 0 ? AgentGroup.ofFork(process_.channels) : undefined)
+    this.#agents?.unref()
+    this.#agents?.on('request', (request) => {
+      if (request.type === 'message' && request.to === undefined) this.emit('message', payloadValue(request.data))
+    })
     this.#stopTimeoutMs = options.stopTimeoutMs
     this.pid = process_.pid
     this.generation = process_.generation
@@ -276,13 +311,15 @@ export class Child extends EventEmitter<ChildEvents> {
    * @internal
    * @throws CHILD_GONE where it has ended
    */
-  resume(size?: TerminalSize): void {
+  resume({ size, input = {}, call }: Resumption = {}): void {
     if (this.#state === 'ended') throw this.#gone('continue it')
     if (this.#state === 'running') return
     // A signal to a process that has ended but was not reaped yet succeeds: look first. (Not afterwards: it may have done its work
     // by then, and somebody else would do it again.)
     if (process.platform === 'linux' && !this.#process.running && isEnding(this.pid)) throw this.#gone('continue it')
     if (size) this.#terminal?.resize(size.columns, size.rows)
+    // The line that its agents wait for is there before they run.
+    if (this.#agents) this.#awaitHooks(this.#agents, input, call)
     this.#process.resume()
     this.#run()
   }
@@ -295,8 +332,71 @@ export class Child extends EventEmitter<ChildEvents> {
   #run(): void {
     this.#state = 'running'
     this.#forkedAt = new Date()
-    this.#markReady()
+    if (!this.#agents) this.#markReady()
     this.emit('running')
+  }
+
+  #awaitHooks(agents: AgentGroup, input: ForkInput, call: number | undefined): void {
+    const timeoutMs = this.#hookTimeoutMs
+    const tried = `run the hooks of a fork (child ${this.pid})`
+    const late = setTimeout(() => {
+      const happened = `they were not done within ${timeoutMs} ms (hookTimeoutMs)`
+      this.#hooksFailed(new WarmforkError('HOOK_FAILED', { tried, happened }))
+    }, timeoutMs).unref()
+    const about = { generation: this.generation, timeoutMs, ...(call === undefined ? {} : { call }) }
+    agents.fork(input, about).then(
+      () => {
+        clearTimeout(late)
+        if (this.#state === 'running') this.#markReady()
+      },
+      (error) => {
+        clearTimeout(late)
+        this.#hooksFailed(error)
+      },
+    )
+  }
+
+  /** A fork whose hooks failed is neither itself nor its source: it must not run. Its agent ends it, and if not we do. */
+  #hooksFailed(error: WarmforkError): void {
+    this.#markGone(error)
+    this.emit('hooksFailed', error)
+    setTimeout(() => {
+      if (this.#state !== 'ended') this.end({ graceMs: 0 }).catch(() => {})
+    }, LAST_WORDS_MS).unref()
+  }
+
+  /** What an engine must know to take a checkpoint of it. @internal */
+  source(): SourceProcess {
+    return {
+      ...this.#origin,
+      pid: this.pid,
+      generation: this.generation,
+      stdioInodes: [0, 1, 2].map((fd) => pipeInode(this.pid, fd)) as [bigint, bigint, bigint],
+      channels: this.#agents?.channels() ?? [],
+    }
+  }
+
+  /** What it is to its agents; undefined where it has none. @internal */
+  get agents(): AgentGroup | undefined {
+    return this.#agents
+  }
+
+  /**
+   * Sends bytes, or a value that JSON can have, to the program: `worker.on('message')`.
+   * @throws NEEDS_AGENT, CHILD_GONE, BAD_OPTION
+   */
+  send(data: unknown): void {
+    const tried = `send a message to child ${this.pid}`
+    if (this.#state === 'ended') throw this.#gone(tried)
+    const link = this.#agents?.worker
+    if (!link || this.#state === 'parked') {
+      throw new WarmforkError('NEEDS_AGENT', { tried, happened: 'its program runs no agent, or has lost it' })
+    }
+    try {
+      link.send({ type: 'message', data: payloadOf(data) })
+    } catch (error) {
+      throw new WarmforkError('BAD_OPTION', { tried, happened: (error as Error).message })
+    }
   }
 
   /** Called once the descriptors are closed that nobody has asked for. @internal */
@@ -365,6 +465,7 @@ export class Child extends EventEmitter<ChildEvents> {
   #ended(status: ExitStatus): ExitStatus {
     this.#state = 'ended'
     this.#exitStatus = status
+    this.#agents?.close()
     this.#markGone(this.#gone('wait for it to run'))
     if (this.#fds[0] !== undefined) closeSync(this.#fds[0])
     this.#fds[0] = undefined

@@ -6,7 +6,9 @@
 /** Each code with the sentence that says what to do when nothing more exact is known. */
 export const ERROR_CODES = {
   BAD_OPTION: 'Correct the option that the message names.',
-  NEEDS_AGENT: 'This needs code of warmfork inside the program, which comes with the agents.',
+  NEEDS_AGENT: 'This needs an agent inside the program: docs/agents.md says for which runtimes there is one.',
+  AGENT_LOST: 'Let the program answer its agent, or start the supervisor with `agent: false`.',
+  HOOK_FAILED: 'Mend the hook of the program that the message names.',
   ENGINE_UNSUPPORTED: 'The engine in use cannot do this; run `warmfork doctor` to see why CRIU is not used.',
   CRIU_MISSING: 'Run `warmfork doctor --install`.',
   CRIU_TOO_OLD: 'Run `warmfork doctor --install` for a CRIU that suits this kernel.',

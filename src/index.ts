@@ -2,6 +2,7 @@
 export { Child, type ChildEvents, type ChildState, type ChildStats, type EndOptions } from './child.js'
 export type { EngineName, GenerationInfo, MemoryMode } from './engines/engine.js'
 export { ERROR_CODES, type ErrorCode, type ErrorDetails, WarmforkError } from './errors.js'
+export type { ForkRequest } from './fork-request.js'
 export type { ExitStatus } from './linux/reaper.js'
 export type {
   CrashOptions,
@@ -28,7 +29,6 @@ export type {
 } from './options.js'
 export type { PoolState } from './pool.js'
 export {
-  type ForkRequest,
   type StartOptions,
   type StartPhase,
   type StopOptions,

@@ -75,6 +75,11 @@ export interface ReadyByIdleness extends Timed {
 // biome-ignore lint/suspicious/noConfusingVoidType: a condition that resolves without a value is met.
 export type ReadyFunction = (template: TemplateView) => boolean | void | Promise<boolean | void>
 
+/** Ready when the program says so through its agent (`worker.ready()`). */
+export interface ReadyByAgent extends Timed {
+  agent: true
+}
+
 /** Ready when the function says so. */
 export interface ReadyByFunction extends Timed {
   check: ReadyFunction
@@ -87,6 +92,7 @@ export type ReadyOption =
   | ReadyByFile
   | ReadyByDelay
   | ReadyByIdleness
+  | ReadyByAgent
   | ReadyByFunction
   | ReadyFunction
 
@@ -129,6 +135,12 @@ export interface WarmupByFunction extends TimedWarmup {
 export type WarmupOption = WarmupByCommand | WarmupByHttp | WarmupByFunction | WarmupFunction
 
 export interface TemplateOptions {
+  /**
+   * Variables of the environment that the template is booted without and each fork gets: what must not be in an image. Needs an agent
+   * in the program.
+   * @default []
+   */
+  secrets?: readonly string[]
   /**
    * Whether the template goes on after the checkpoint, or is ended then.
    * @default 'continue'
@@ -294,6 +306,17 @@ export interface SupervisorOptions {
    */
   checkpointTimeoutMs?: number
   /**
+   * Whether Node, Python and Ruby programs get their agents, by NODE_OPTIONS, PYTHONPATH and RUBYOPT. docs/agents.md says what
+   * works without.
+   * @default true
+   */
+  agent?: boolean
+  /**
+   * How long all hooks of a program may take, before a checkpoint and in a fork each, in milliseconds. Exceeding it is HOOK_FAILED.
+   * @default 10_000
+   */
+  hookTimeoutMs?: number
+  /**
    * How long a restore may take, in milliseconds. The spawn engine boots for each fork, and has `template.bootTimeoutMs` for it.
    * @default 10_000
    */
@@ -308,6 +331,7 @@ export type Readiness = { timeoutMs: number } & (
   | { kind: 'file'; path: string }
   | { kind: 'delay'; delayMs: number }
   | { kind: 'idle'; idleMs: number }
+  | { kind: 'agent' }
   | { kind: 'function'; check: ReadyFunction }
 )
 
@@ -344,6 +368,8 @@ export interface ResolvedOptions {
   readonly log: Logger | LogLevel
   readonly checkpointTimeoutMs: number
   readonly forkTimeoutMs: number
+  readonly agent: boolean
+  readonly hookTimeoutMs: number
 }
 
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'] as const
@@ -409,6 +435,7 @@ const READY_KINDS = {
   file: group({ file: filledText, timeoutMs }),
   delayMs: group({ delayMs: ms, timeoutMs }),
   idleMs: group({ idleMs: positiveMs, timeoutMs }),
+  agent: group({ agent: z.literal(true, { error: 'to be true' }), timeoutMs }),
   check: group({ check: z.custom<ReadyFunction>(isFunction, 'to be a function'), timeoutMs }),
 }
 const urlsWords = 'to be an http or https URL, or an array of such'
@@ -467,6 +494,7 @@ const schema = z.strictObject(
       restTimeoutMs: ms.optional(),
       stopTimeoutMs: ms.optional(),
       tty: ttySchema.optional(),
+      secrets: z.array(filledText, { error: 'to be an array of strings' }).optional(),
     }).optional(),
     pool: group({
       size: count(0).optional(),
@@ -495,6 +523,8 @@ const schema = z.strictObject(
       .optional(),
     checkpointTimeoutMs: positiveMs.optional(),
     forkTimeoutMs: positiveMs.optional(),
+    agent: z.boolean({ error: 'to be true or false' }).optional(),
+    hookTimeoutMs: positiveMs.optional(),
   },
   { error: 'to be an object' },
 )
@@ -502,7 +532,7 @@ const schema = z.strictObject(
 /** Every key that an option object can have, by the path of that object; for the suggestion at an unknown one. */
 const KEYS: Record<string, string[]> = {
   '': Object.keys(schema.shape),
-  template: ['afterCheckpoint', 'bootTimeoutMs', 'restTimeoutMs', 'stopTimeoutMs', 'tty'],
+  template: ['afterCheckpoint', 'bootTimeoutMs', 'restTimeoutMs', 'stopTimeoutMs', 'tty', 'secrets'],
   pool: ['size', 'maxParkedMs', 'refillConcurrency'],
   crashes: ['soonMs', 'delayAfter', 'giveUpAfter'],
   ready: [...new Set(Object.values(READY_KINDS).flatMap((kind) => Object.keys(kind.shape)))],
@@ -594,6 +624,7 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
     restTimeoutMs: input.template?.restTimeoutMs ?? 10_000,
     stopTimeoutMs: input.template?.stopTimeoutMs ?? 5_000,
     tty: terminalSize(input.template?.tty),
+    secrets: [...(input.template?.secrets ?? [])],
   }
   const crashes = {
     soonMs: input.crashes?.soonMs ?? 1_000,
@@ -635,6 +666,8 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
     log: input.log ?? 'silent',
     checkpointTimeoutMs: input.checkpointTimeoutMs ?? 120_000,
     forkTimeoutMs: input.forkTimeoutMs ?? 10_000,
+    agent: input.agent ?? true,
+    hookTimeoutMs: input.hookTimeoutMs ?? 10_000,
   }
 }
 
@@ -659,6 +692,7 @@ function readiness(option: ReadyOption, cwd: string, bootTimeoutMs: number): Rea
   if ('file' in option) return { kind: 'file', path: resolve(cwd, option.file), timeoutMs }
   if ('delayMs' in option)
     return { kind: 'delay', delayMs: option.delayMs, timeoutMs: Math.max(timeoutMs, option.delayMs + 1) }
+  if ('agent' in option) return { kind: 'agent', timeoutMs }
   if ('idleMs' in option) return { kind: 'idle', idleMs: option.idleMs, timeoutMs }
   return { kind: 'function', check: option.check, timeoutMs }
 }

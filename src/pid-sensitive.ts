@@ -2,7 +2,8 @@
  * Programs that are known not to bear a new process id, told from outside by what they map, what they have open and where they
  * wait. It knows processes, and nothing of engines and images.
  */
-import { readFileSync } from 'node:fs'
+import { readFileSync, readlinkSync } from 'node:fs'
+import { basename } from 'node:path'
 import { openTargets, processTree, read, threadIds } from './linux/proc.js'
 
 /** CPython keeps the pid beside the running loop, and with another one says that there is none; from 3.14 on it does not. */
@@ -19,15 +20,49 @@ const EPOLL_WAITS = new Set(['232', '281', '441'])
  * What the user should hear of a tree that is about to be forked with fresh ids: a sentence for each process that is known not
  * to go on with another pid. An agent that is parked in it is not waiting in its event loop, and sees to that itself.
  */
-export function pidWarnings(root: number): string[] {
+export function pidWarnings(root: number, withAgents: ReadonlySet<number> = new Set()): string[] {
   return processTree(root).flatMap(({ pid, comm }) => {
-    if (!hasRunningLoop(pid)) return []
+    if (withAgents.has(pid) || !hasRunningLoop(pid)) return []
     return (
       `Process ${pid} (${comm}) waits in an asyncio event loop, which does not go on under another process id: its forks will fail ` +
       'with "no running event loop". Let it load the agent, which corrects that, or start the supervisor with ' +
       "`identity: 'namespace'`, with which forks keep their ids (docs/identity.md)."
     )
   })
+}
+
+/** By the name of the file that a process executes. */
+const REPEATING: readonly [RegExp, string][] = [
+  [/^(node|nodejs)$/, 'Math.random(), crypto.randomUUID() and crypto.randomInt()'],
+  [/^(bun|deno)$/, 'Math.random() and crypto.randomUUID()'],
+  [/^python3?(\.\d+)?$/, 'random, uuid.uuid1() and the names of temporary files'],
+  [/^ruby(\d(\.\d+)*)?$/, 'rand and Random'],
+  [/^java$/, 'java.util.Random, Math.random(), UUID.randomUUID() and SecureRandom'],
+]
+
+/** What forks of a tree will draw alike, since no agent sees to it: a sentence for each kind of runtime. */
+export function repeatWarnings(root: number, withAgents: ReadonlySet<number>): string[] {
+  const found = new Map<string, string>()
+  for (const { pid } of processTree(root)) {
+    if (withAgents.has(pid)) continue
+    const name = executableName(pid)
+    const repeated = REPEATING.find(([pattern]) => pattern.test(name))?.[1]
+    if (repeated) {
+      found.set(
+        name,
+        `Process ${pid} (${name}) runs no agent: its forks draw the same values from ${repeated} (docs/uniqueness.md).`,
+      )
+    }
+  }
+  return [...found.values()]
+}
+
+function executableName(pid: number): string {
+  try {
+    return basename(readlinkSync(`/proc/${pid}/exe`))
+  } catch {
+    return ''
+  }
 }
 
 /** Whether a process is CPython below 3.14 with asyncio (or uvloop) loaded, one of whose threads waits in epoll. */

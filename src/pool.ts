@@ -4,9 +4,8 @@
  */
 import PQueue from 'p-queue'
 import { backoffMs } from './backoff.js'
-import type { Child } from './child.js'
+import type { Child, Resumption } from './child.js'
 import { errnoOf, WarmforkError } from './errors.js'
-import type { TerminalSize } from './terminal.js'
 
 export interface PoolState {
   /** How many are to be parked. */
@@ -69,12 +68,12 @@ export class Pool {
    * Continues the oldest parked child, on a terminal of that size if it has one, and gives it; undefined where there is none. The
    * place is filled again.
    */
-  claim(size?: TerminalSize): Child | undefined {
+  claim(resumption: Resumption = {}): Child | undefined {
     for (let child = this.#parked.shift(); child; child = this.#parked.shift()) {
       // The refill is work for the same two hands: it begins when the claim has been answered.
       setImmediate(() => this.#refill())
       try {
-        child.resume(size)
+        child.resume(resumption)
         return child
       } catch (error) {
         // It died in this moment. There may be others.

@@ -64,6 +64,8 @@ function describe(ready: Readiness): string {
       return `a delay of ${ready.delayMs} ms`
     case 'idle':
       return `a time of ${ready.idleMs} ms without output and CPU use`
+    case 'agent':
+      return 'the word of an agent that the program is ready'
     case 'function':
       return 'what the function `ready` waits for'
   }
@@ -83,6 +85,8 @@ async function watch(template: Template, ready: Readiness, tried: string, signal
       return sleep(ready.delayMs, undefined, { signal })
     case 'idle':
       return idle(template, ready.idleMs, signal)
+    case 'agent':
+      return poll(() => template.agents?.isReady ?? false, signal)
     case 'function':
       return poll(async () => {
         try {

@@ -8,31 +8,36 @@ import { chmodSync, mkdirSync, rmdirSync, rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { destination, type Logger, pino } from 'pino'
+import { type AgentFiles, agentEnvironment, installAgents } from './agents/injection.js'
+import { payloadValue } from './agents/protocol.js'
+import type { AgentReception } from './agents/reception.js'
 import { CrashBackoff } from './backoff.js'
-import { Child, type ChildStats } from './child.js'
+import { Child, type ChildStats, type Resumption } from './child.js'
 import { endTrees } from './ending.js'
-import type { Engine, EngineName, ForkSource, GenerationInfo, StdioFds } from './engines/engine.js'
+import type {
+  Engine,
+  EngineName,
+  ForkedProcess,
+  ForkSource,
+  GenerationInfo,
+  SourceProcess,
+  StdioFds,
+} from './engines/engine.js'
 import { SpawnEngine } from './engines/spawn/engine.js'
 import { type ErrorCode, errnoOf, WarmforkError } from './errors.js'
+import { type ForkRequest, planFork } from './fork-request.js'
 import type { Guard } from './guard/guard.js'
 import { type MemoryUse, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
-import {
-  badOption,
-  type ResolvedOptions,
-  resolveOptions,
-  type StdioOption,
-  type SupervisorOptions,
-  ttySchema,
-} from './options.js'
-import { pidWarnings } from './pid-sensitive.js'
+import { type ResolvedOptions, resolveOptions, type SupervisorOptions } from './options.js'
+import { pidWarnings, repeatWarnings } from './pid-sensitive.js'
 import { Pool, type PoolState } from './pool.js'
 import { untilReady } from './readiness.js'
 import { untilAtRest } from './rest.js'
 import { Template } from './template.js'
-import type { TerminalSize } from './terminal.js'
 import { type Identity, resolveIdentity } from './user.js'
 import { warmUp } from './warmup.js'
+import { WorkerForks } from './worker-forks.js'
 
 export type SupervisorState = 'starting' | 'running' | 'stopping' | 'stopped'
 
@@ -41,7 +46,7 @@ export type StartPhase = 'boot' | 'ready' | 'warmup' | 'rest' | 'checkpoint' | '
 
 /** Something that goes on working, but not as the user may think. */
 export interface Warning {
-  /** Names the kind: `engine-spawn`, `no-guard`, `generation`, `identity`, `refill-failed`, `stray-resume`, `parked-ended`, `crashes`, `stop-failed`. */
+  /** Names the kind: `agent`, `engine-spawn`, `no-guard`, `generation`, `hooks`, `identity`, `refill-failed`, `repeats`, `stray-resume`, `parked-ended`, `crashes`, `stop-failed`. */
   readonly kind: string
   /** What is the case, why, and what to do. */
   readonly message: string
@@ -59,6 +64,8 @@ export interface SupervisorEvents {
   generation: [generation: GenerationInfo]
   templateOutput: [stream: 'stdout' | 'stderr', chunk: Buffer]
   templateExit: [status: ExitStatus]
+  /** The template's program sent something through its agent. */
+  templateMessage: [data: unknown]
   stopped: []
 }
 
@@ -67,29 +74,6 @@ export interface StartOptions {
   signal?: AbortSignal
   /** Called with the supervisor before anything else is done, so that the events of the start can be listened to. */
   onCreate?: (supervisor: Supervisor) => void
-}
-
-export interface ForkRequest {
-  /**
-   * Descriptors go past the pool: the fork is made when it is asked for. They stay the caller's to close.
-   * @default The supervisor's `stdio`
-   */
-  stdio?: StdioOption
-  /**
-   * The size of its terminal. Only where the template was booted on one, and then each fork has one.
-   * @default The size of the template's
-   */
-  tty?: true | TerminalSize
-  /** Gives up waiting for the fork. */
-  signal?: AbortSignal
-  /** Not before agents: NEEDS_AGENT. */
-  args?: readonly string[]
-  /** Not before agents: NEEDS_AGENT. */
-  env?: Readonly<Record<string, string>>
-  /** Not before agents: NEEDS_AGENT. */
-  cwd?: string
-  /** Not before agents: NEEDS_AGENT. */
-  data?: unknown
 }
 
 export interface TemplateState {
@@ -131,10 +115,6 @@ export interface StopOptions {
 
 /** Longest delay of a Node timer. */
 const FOREVER_MS = 2 ** 31 - 1
-
-const FORK_KEYS = ['stdio', 'tty', 'signal', 'args', 'env', 'cwd', 'data'] as const
-const AGENT_KEYS = ['args', 'env', 'cwd', 'data'] as const
-const INHERITED: StdioFds = [0, 1, 2]
 
 /** Errors that say that CRIU cannot work here, in contrast to a failure of it. */
 const CRIU_CANNOT: ReadonlySet<ErrorCode> = new Set<ErrorCode>(['CRIU_MISSING', 'CRIU_TOO_OLD', 'CRIU_RIGHTS'])
@@ -178,6 +158,13 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   #template: Template | undefined
   #readyMs = 0
   #source: ForkSource | undefined
+  #reception: AgentReception | undefined
+  #agentFiles: AgentFiles | undefined
+  #workerForks: WorkerForks | undefined
+  /** What the first checkpoint was taken of. */
+  #origin: SourceProcess | undefined
+  /** Withheld from the template, for each fork. */
+  #secrets: Readonly<Record<string, string>> = {}
   #pool: Pool | undefined
 
   private constructor(options: ResolvedOptions) {
@@ -264,16 +251,21 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
    */
   async fork(request: ForkRequest = {}): Promise<Child> {
     this.#requireRunning('fork')
-    const stdio = this.#checkRequest(request)
+    const { stdio, size, input } = planFork(request, {
+      stdio: this.#options.stdio,
+      hasTerminal: this.#options.template.tty !== undefined,
+      whyNoAgent: this.#whyNoAgent,
+    })
+    const resumption = { size, input: { ...input, env: { ...this.#secrets, ...input.env } } }
     request.signal?.throwIfAborted()
     await this.#waitForTurn(request.signal)
     const startedAt = performance.now()
-    const size = typeof request.tty === 'object' ? request.tty : undefined
-    const claimed = stdio === undefined ? this.#pool?.claim(size) : undefined
-    const child = claimed ?? (await this.#forkDirectly(stdio, request.signal, size))
+    const claimed = stdio === undefined ? this.#pool?.claim(resumption) : undefined
+    const child = claimed ?? (await this.#forkDirectly(() => this.#make(stdio), request.signal, resumption))
     if (claimed) this.#forks.fromPool++
     else this.#forks.direct++
     this.#adopt(child, performance.now() - startedAt)
+    this.#workerForks?.serveChild(child)
     return child
   }
 
@@ -334,6 +326,8 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     signal.throwIfAborted()
     this.#engine = await this.#openEngine()
     signal.throwIfAborted()
+    await this.#openReception()
+    signal.throwIfAborted()
 
     const template = await this.#phase('boot', async () => {
       this.#template = await this.#startTemplate()
@@ -356,6 +350,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     if (settings.afterCheckpoint === 'end') await template.end(settings.stopTimeoutMs)
     this.#source = await this.#engine.open(generation.number)
     signal.throwIfAborted()
+    this.#serveWorkers(template)
     this.#pool = new Pool({
       ...pool,
       make: () => this.#make(),
@@ -440,6 +435,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   #spawnEngine(): Engine {
     const { command, ready, warmup } = this.#options
     return new SpawnEngine({
+      hookTimeoutMs: this.#options.hookTimeoutMs,
       start: (stdio) => this.#startTemplate(stdio),
       boot: async (signal) => {
         const template = await this.#startTemplate()
@@ -476,7 +472,13 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       stdio,
     )
     this.#guard?.track(template.pid, template.startTicks)
-    template.exited.then(() => this.#guard?.forget(template.pid))
+    template.agents = this.#reception?.expect(template.pid)
+    template.agents?.on('broken', (link, reason) => this.#warnBroken(link.pid, reason))
+    template.exited.then(() => {
+      this.#guard?.forget(template.pid)
+      this.#reception?.forget(template.pid)
+      template.agents?.close()
+    })
     return template
   }
 
@@ -486,7 +488,9 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     const own = identity?.name
       ? { USER: identity.name, LOGNAME: identity.name, ...(identity.home ? { HOME: identity.home } : {}) }
       : {}
-    const env = { ...this.#options.env, ...own, [this.#mark]: '1' }
+    const known: Record<string, string> = { ...this.#options.env, ...own, [this.#mark]: '1' }
+    for (const name of Object.keys(this.#secrets)) delete known[name]
+    const env = this.#reception ? agentEnvironment(known, this.#reception.path, this.#agentFiles) : known
     if (this.#engine?.name !== 'criu') return env
     const { installShim, preloadEnvironment, shimPath, whyNotPreloadable } = await import('./shim/shim.js')
     const built = shimPath()
@@ -505,19 +509,27 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   async #checkpoint(template: Template): Promise<GenerationInfo> {
     const { memory, descriptors, checkpointTimeoutMs } = this.#options
     let generation: GenerationInfo
-    const isFresh = this.engine === 'criu' && this.#options.identity === 'fresh'
-    for (const message of isFresh ? pidWarnings(template.pid) : []) this.#warn('identity', message)
+    const agents = this.engine === 'criu' ? template.agents : undefined
+    for (const warning of (await agents?.park('template', this.#options.hookTimeoutMs)) ?? [])
+      this.#warn('agent', warning)
+    let failure: unknown
     try {
-      generation = await this.#engine!.checkpoint(template.source(), {
+      const source = template.source()
+      this.#checkAgents(source)
+      this.#origin = source
+      generation = await this.#engine!.checkpoint(source, {
         memory,
         descriptors,
         timeoutMs: checkpointTimeoutMs,
         signal: this.#over.signal,
       })
     } catch (error) {
+      failure = error
       // That it ended says more than what was seen of it.
       if (template.status) throw template.exitError('checkpoint the template', error)
       throw error
+    } finally {
+      agents?.resume(failure)
     }
     this.#generations.push(generation)
     const { number, rssBytes, checkpointMs } = generation
@@ -529,18 +541,108 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     return generation
   }
 
+  /**
+   * What forks will repeat or cannot bear, where no agent sees to it.
+   * @throws NEEDS_AGENT where there are secrets to be handed over
+   */
+  #checkAgents(source: SourceProcess): void {
+    const parked = new Set(source.channels.flatMap(({ pid, agent }) => (agent.parked ? [pid] : [])))
+    if (Object.keys(this.#secrets).length > 0 && parked.size === 0) {
+      throw new WarmforkError('NEEDS_AGENT', {
+        tried: 'withhold `template.secrets` from the template',
+        happened: `${this.#whyNoAgent ?? 'its program runs no agent'}, and nobody could hand them to its forks`,
+      })
+    }
+    if (this.engine !== 'criu' || this.#options.identity !== 'fresh') return
+    for (const message of pidWarnings(source.pid, parked)) this.#warn('identity', message)
+    for (const message of repeatWarnings(source.pid, parked)) this.#warn('repeats', message)
+  }
+
+  /** Undefined where forks can be given something. */
+  get #whyNoAgent(): string | undefined {
+    if (!this.#options.agent) return 'agents are switched off (`agent: false`)'
+    const agents = this.#source?.channels.map(({ agent }) => agent) ?? []
+    if (agents.some(({ worker, parked }) => worker && parked)) return undefined
+    if (this.engine === 'spawn' && this.#template?.agents?.worker) return undefined
+    return agents.length > 0 ? 'its agent gave no answer at the checkpoint' : 'its program runs no agent'
+  }
+
+  /** Where agents connect. Workers of another user get copies of the agents that they can read. */
+  async #openReception(): Promise<void> {
+    const { agent, env, template } = this.#options
+    this.#secrets = Object.fromEntries(
+      template.secrets.flatMap((name) => (env[name] === undefined ? [] : [[name, env[name]]])),
+    )
+    if (!agent || process.platform !== 'linux') return
+    // Loaded here, since it does not load anywhere else than on Linux.
+    const { AgentReception } = await import('./agents/reception.js')
+    this.#reception = await AgentReception.open({
+      directory: this.#directory,
+      removeAtEnd: (path) => this.#guard?.removeAtEnd(path),
+      warn: (message) => this.#warn('agent', message),
+    })
+    const others = this.#identity !== undefined && this.#identity.uid !== process.getuid?.()
+    if (others && this.#engine?.name === 'criu') {
+      this.#agentFiles = installAgents(join(this.store, this.name, 'agents'))
+    }
+  }
+
+  #warnBroken(pid: number, reason: string): void {
+    this.#warn(
+      'agent',
+      `the connection of the agent of process ${pid} was closed: ${reason}; it goes on as one without`,
+    )
+  }
+
+  /** Serves what programs ask for through their agents. */
+  #serveWorkers(template: Template): void {
+    const { memory, descriptors, checkpointTimeoutMs, hookTimeoutMs, template: settings } = this.#options
+    this.#workerForks = new WorkerForks({
+      engine: this.#engine!,
+      checkpoint: { memory, descriptors, timeoutMs: checkpointTimeoutMs },
+      hookTimeoutMs,
+      signal: this.#over.signal,
+      fork: async (source, stdio, resumption) => {
+        if (this.#state !== 'running' && this.#state !== 'starting') throw this.#stopped('fork')
+        const startedAt = performance.now()
+        const make = async () => this.#childOf(await source.fork({ stdio, signal: this.#over.signal }))
+        const child = await this.#forkDirectly(make, undefined, resumption)
+        this.#forks.direct++
+        this.#adopt(child, performance.now() - startedAt)
+        return child
+      },
+      warn: (message, cause) => this.#warn('agent', message, cause),
+    })
+    const { agents } = template
+    if (!agents || settings.afterCheckpoint === 'end') return
+    agents.on('request', (request) => {
+      if (request.type === 'message' && request.to === undefined)
+        this.emit('templateMessage', payloadValue(request.data))
+    })
+    const { pid, exited } = template
+    this.#workerForks.serve({ pid, agents, exited, source: () => template.source() })
+  }
+
   /** A parked child. */
   async #make(stdio?: StdioFds): Promise<Child> {
     const forked = await this.#source!.fork({ ...(stdio ? { stdio } : {}), signal: this.#over.signal })
-    return new Child(forked, { stopTimeoutMs: this.#options.template.stopTimeoutMs })
+    return this.#childOf(forked)
+  }
+
+  #childOf(forked: ForkedProcess): Child {
+    const { template, hookTimeoutMs } = this.#options
+    const child = new Child(forked, { stopTimeoutMs: template.stopTimeoutMs, hookTimeoutMs, origin: this.#origin! })
+    child.on('hooksFailed', (error) => this.#warn('hooks', error.message, error))
+    child.agents?.on('broken', (link, reason) => this.#warnBroken(link.pid, reason))
+    return child
   }
 
   async #forkDirectly(
-    stdio: StdioFds | undefined,
+    make: () => Promise<Child>,
     signal: AbortSignal | undefined,
-    size: TerminalSize | undefined,
+    resumption: Resumption,
   ): Promise<Child> {
-    const making = this.#make(stdio)
+    const making = make()
     const settled = making.then(
       () => {},
       () => {},
@@ -550,7 +652,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     const interrupted = abortOf([this.#over.signal, signal])
     try {
       const child = await Promise.race([making, interrupted.promise])
-      child.resume(size)
+      child.resume(resumption)
       return child
     } catch (error) {
       this.#forks.failed++
@@ -591,54 +693,6 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       }
     }
     this.emit('childExit', child, status)
-  }
-
-  /** @returns descriptors, or undefined for pipes */
-  #checkRequest(request: ForkRequest): StdioFds | undefined {
-    for (const key of Object.keys(request)) {
-      if (!(FORK_KEYS as readonly string[]).includes(key)) {
-        throw badOption(
-          key,
-          'not to be there, since a fork has no such option',
-          request[key as keyof ForkRequest],
-          'Remove it.',
-        )
-      }
-    }
-    const needing = AGENT_KEYS.find((key) => request[key] !== undefined)
-    if (needing) {
-      throw new WarmforkError('NEEDS_AGENT', {
-        tried: `fork with \`${needing}\``,
-        happened: 'the program runs no agent',
-      })
-    }
-    this.#checkTerminal(request)
-    const stdio = request.stdio ?? this.#options.stdio
-    if (stdio === 'pipe') return undefined
-    if (stdio === 'inherit') return INHERITED
-    if (Array.isArray(stdio) && stdio.length === 3 && stdio.every((fd) => Number.isInteger(fd) && fd >= 0))
-      return stdio as unknown as StdioFds
-    throw badOption('stdio', "to be 'pipe', 'inherit' or three descriptors", stdio)
-  }
-
-  #checkTerminal({ tty, stdio }: ForkRequest): void {
-    const hasTerminal = this.#options.template.tty !== undefined
-    if (hasTerminal && stdio !== undefined && stdio !== 'pipe') {
-      throw badOption(
-        'stdio',
-        'not to be there, since the template was booted on a terminal',
-        stdio,
-        'Fork with `tty`, or `warmfork fork --tty`.',
-      )
-    }
-    if (tty === undefined) return
-    if (!hasTerminal) {
-      const remedy = 'Start the supervisor with `template: { tty: true }`, or `warmfork run --tty`.'
-      throw badOption('tty', 'not to be there, since the template was not booted on a terminal', tty, remedy)
-    }
-    if ((tty as boolean) === false || !ttySchema.safeParse(tty).success) {
-      throw badOption('tty', 'to be true, or an object with `columns` and `rows` from 1 to 65535', tty)
-    }
   }
 
   /** @throws CRASH_LOOP */
@@ -688,8 +742,10 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       if (leave) child.release()
       else child.close()
     }
+    await step(() => this.#workerForks?.close())
     await step(() => this.#source?.close())
     await step(() => this.#engine?.close())
+    await step(() => this.#reception?.close())
     // It ends what is left, and removes our directory.
     await step(() => this.#guard?.end())
     this.#removeDirectories()

@@ -7,6 +7,7 @@ import { EventEmitter } from 'node:events'
 import { closeSync, fstatSync, statSync } from 'node:fs'
 import type { Readable, Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
+import type { AgentGroup } from './agents/group.js'
 import { type Endable, endTrees } from './ending.js'
 import type { SourceProcess, SourceTerminal, StdioFds } from './engines/engine.js'
 import { errnoOf, WarmforkError } from './errors.js'
@@ -52,6 +53,9 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
 
   /** Our end of its pty, where it was started on one. */
   readonly terminal: Terminal | undefined
+
+  /** What its processes' agents say, where it was started to have some. */
+  agents: AgentGroup | undefined
 
   readonly #command: TemplateCommand
   readonly #output: OutputReader | undefined
@@ -178,7 +182,7 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
       terminal: this.#slave,
       uid: identity?.uid ?? process.getuid?.() ?? 0,
       gid: identity?.gid ?? process.getgid?.() ?? 0,
-      channels: [],
+      channels: this.agents?.channels() ?? [],
     }
   }
 

@@ -35,7 +35,7 @@ const BAD: readonly [options: object, message: string][] = [
   [{ forkTimeoutMs: '5s' }, 'Expected `forkTimeoutMs` to be a time in milliseconds, got `5s` (string)'],
   [
     { ready: {} },
-    'Expected `ready` to be a function or an object with one of `output`, `port`, `http`, `file`, `delayMs`, `idleMs`, `check`, got `{}` (object)',
+    'Expected `ready` to be a function or an object with one of `output`, `port`, `http`, `file`, `delayMs`, `idleMs`, `agent`, `check`, got `{}` (object)',
   ],
   [{ ready: { port: 80, file: 'x' } }, 'Expected `ready` to be a function or an object with one of'],
   [{ ready: { port: 70_000 } }, 'Expected `ready.port` to be a port, 1 to 65535, got `70000` (number)'],
@@ -105,9 +105,18 @@ describe('options', () => {
       runtimeDirectory: expect.any(String),
       engine: 'auto',
       memory: 'auto',
+      identity: 'fresh',
+      descriptors: {},
       ready: { kind: 'idle', idleMs: 1_000, timeoutMs: 60_000 },
       warmup: undefined,
-      template: { afterCheckpoint: 'continue', bootTimeoutMs: 60_000, restTimeoutMs: 10_000, stopTimeoutMs: 5_000 },
+      template: {
+        afterCheckpoint: 'continue',
+        bootTimeoutMs: 60_000,
+        restTimeoutMs: 10_000,
+        stopTimeoutMs: 5_000,
+        tty: undefined,
+        secrets: [],
+      },
       pool: { size: 1, maxParkedMs: 60_000, refillConcurrency: 2 },
       crashes: { soonMs: 1_000, delayAfter: 5, giveUpAfter: 16 },
       user: undefined,
@@ -118,6 +127,8 @@ describe('options', () => {
       log: 'silent',
       checkpointTimeoutMs: 120_000,
       forkTimeoutMs: 10_000,
+      agent: true,
+      hookTimeoutMs: 10_000,
     })
   })
 

@@ -212,9 +212,10 @@ describe.each(ENGINES)('a supervisor with the %s engine', (engine) => {
     await expect(supervisor.fork()).rejects.toMatchObject({ code: 'CRASH_LOOP' })
   })
 
-  test.each(['args', 'env', 'cwd', 'data'])('needs an agent for `%s` of a fork', async (key) => {
+  test('needs an agent for what is given to a fork', async () => {
     const supervisor = await place.current.start({ command: ['sh', '-c', 'echo ready; exec cat'] })
-    await expect(supervisor.fork({ [key]: 'x' })).rejects.toMatchObject({ code: 'NEEDS_AGENT' })
+    for (const input of [{ args: ['x'] }, { env: { X: 'x' } }, { cwd: '/' }, { data: 'x' }])
+      await expect(supervisor.fork(input)).rejects.toMatchObject({ code: 'NEEDS_AGENT' })
   })
 
   test('runs the program as another user where it is told to', async () => {

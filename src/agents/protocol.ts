@@ -18,6 +18,20 @@ export const FAILED_STATUS = 70
 export type Text = string | { base64: string }
 export type Payload = { json: unknown } | { base64: string }
 
+/** What is kept of an agent with the image that it is in. */
+export interface AgentRecord {
+  readonly agent: string
+  readonly runtime: string
+  readonly version: string
+  readonly fd: number
+  /** Whether the payload of a fork is its. */
+  readonly worker: boolean
+  /** Whether it waits for its line; else the program runs on as if it had none. */
+  readonly parked: boolean
+  /** Id of the checkpoint that it waits for. */
+  readonly checkpoint: number
+}
+
 export interface AgentFailure {
   readonly hook?: string | undefined
   readonly message: string

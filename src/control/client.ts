@@ -5,7 +5,7 @@
 import { connect, type Socket } from 'node:net'
 import { dirname } from 'node:path'
 import { errnoOf, WarmforkError } from '../errors.js'
-import { LineSplitter } from './lines.js'
+import { LineSplitter } from '../lines.js'
 import { errorFrom, type Hello, isObject, MAX_LINE_BYTES, type MethodName, type Methods, PROTOCOL } from './protocol.js'
 import { checkOwner, namesWithSocket, socketPath } from './runtime-directory.js'
 

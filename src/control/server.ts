@@ -16,9 +16,9 @@ import {
 import { createServer, type Server, type Socket } from 'node:net'
 import { dirname, join } from 'node:path'
 import { errnoOf, WarmforkError } from '../errors.js'
+import { LineSplitter } from '../lines.js'
 import type { PeerCredentials } from '../linux/peer.js'
 import type { TerminalSize } from '../terminal.js'
-import { LineSplitter } from './lines.js'
 import {
   badMessage,
   type Hello,

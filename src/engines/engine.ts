@@ -3,6 +3,8 @@
  * Two engines exist: `criu` (the real one) and `spawn` (a cold start behind the same interface, where CRIU cannot run).
  */
 import type { Readable, Writable } from 'node:stream'
+import type { AgentGroup } from '../agents/group.js'
+import type { AgentRecord } from '../agents/protocol.js'
 import type { DescriptorPolicies } from '../descriptors/policies.js'
 import type { ExitStatus } from '../linux/reaper.js'
 import type { Terminal } from '../terminal.js'
@@ -47,12 +49,12 @@ export interface SourceChannel {
   readonly pid: number
   /** Of the process's end. */
   readonly inode: number
+  readonly agent: AgentRecord
 }
 
 /** What a fork has in place of a `SourceChannel`. */
 export interface ForkedChannel {
-  /** The process of the source whose connection it takes the place of. */
-  readonly sourcePid: number
+  readonly source: SourceChannel
   /** The process of the fork, and its parent, by the ids that they themselves see; 0 where the parent is in another namespace. */
   readonly pid: number
   readonly ppid: number
@@ -118,6 +120,8 @@ export interface ForkedProcess {
   readonly namespaceInit?: number | undefined
   /** One for each channel of the source, in that order. */
   readonly channels: readonly ForkedChannel[]
+  /** Its agents, from an engine whose forks keep the connections that they were booted with (spawn). */
+  readonly agents?: AgentGroup | undefined
   readonly exited: Promise<ExitStatus>
   /** Starts a parked process (SIGCONT to each of its tree). Throws CHILD_GONE where it has ended. */
   resume(): void
@@ -134,16 +138,24 @@ export interface ForkedProcess {
 /** Where forks of one generation come from. */
 export interface ForkSource {
   readonly generation: GenerationInfo
+  readonly channels: readonly SourceChannel[]
   /** One fork: restored, stopped. */
   fork(options?: ForkOptions): Promise<ForkedProcess>
   /** Gives back what was started ahead; children live on. */
   close(): Promise<void>
 }
 
+export interface OpenOptions {
+  /** How many restores are begun ahead of the forks that need them. @default 2 */
+  ahead?: number
+}
+
 export interface Engine {
   readonly name: EngineName
   checkpoint(source: SourceProcess, options: CheckpointOptions): Promise<GenerationInfo>
   /** Throws GENERATION_NOT_FOUND, GENERATION_CORRUPT, GENERATION_MISFIT. */
-  open(generation: number): Promise<ForkSource>
+  open(generation: number, options?: OpenOptions): Promise<ForkSource>
+  /** Removes a generation that is not durable, and that nobody uses. */
+  discard(generation: number): Promise<void>
   close(): Promise<void>
 }

@@ -40,6 +40,7 @@ import type {
   ForkSource,
   GenerationInfo,
   IdentityMode,
+  OpenOptions,
   SourceChannel,
   SourceProcess,
   SourceTerminal,
@@ -277,7 +278,7 @@ export class CriuEngine implements Engine {
         stdio: data.stdio,
         listeners: data.listeners.map((listener) => ({ ...listener })),
         paths: data.paths.map((path) => ({ ...path })),
-        channels: data.channels.map((channel) => ({ ...channel })),
+        channels: data.channels.map((channel) => ({ ...channel, agent: { ...channel.agent } })),
         terminal: data.terminal.map((description) => ({ ...description })),
         reconnected: data.reconnected,
         wiped: encodeWiped(wipe).map(({ pid, ranges }) => ({ pid, ranges })),
@@ -299,7 +300,7 @@ export class CriuEngine implements Engine {
     return major > 4 || (major === 4 && minor >= 2)
   }
 
-  async open(number: number): Promise<ForkSource> {
+  async open(number: number, { ahead = AHEAD }: OpenOptions = {}): Promise<ForkSource> {
     const generation = await this.store.get(number)
     const { paths } = generation.manifest.engineData as unknown as EngineData
     this.#remakePaths(paths)
@@ -313,12 +314,19 @@ export class CriuEngine implements Engine {
       identity: this.#options.identity ?? 'fresh',
       directory: this.#forks,
       timeoutMs: this.#options.forkTimeoutMs,
-      ahead: AHEAD,
+      ahead,
     })
     this.#sources.add(source)
     this.#unopened.get(number)?.letGo()
     this.#unopened.delete(number)
     return source
+  }
+
+  async discard(number: number): Promise<void> {
+    for (const source of this.#sources) if (source.generation.number === number) this.#sources.delete(source)
+    for (const fd of this.#sockets.get(number)?.values() ?? []) closeSync(fd)
+    this.#sockets.delete(number)
+    await this.store.prune({ numbers: [number] })
   }
 
   /** The machine must be the one that it was made on; whose command it is, its caller knows. Throws GENERATION_MISFIT. */

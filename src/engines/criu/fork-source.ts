@@ -102,6 +102,10 @@ export class CriuForkSource implements ForkSource {
     return this.#options.generation.info
   }
 
+  get channels() {
+    return this.#options.channels
+  }
+
   async fork({ stdio, signal }: ForkOptions = {}): Promise<ForkedProcess> {
     if (!stdio) return this.#queue.add(() => this.#fork(undefined, signal))
     const relay = relayed(stdio)
@@ -259,10 +263,11 @@ export class CriuForkSource implements ForkSource {
   #channelsOf(image: ForkImage, fresh: readonly number[], fds: readonly number[]): ForkedChannel[] {
     const renamed = this.#freshIds(image, fresh)
     const processes = new Map(image.processes.map((process) => [process.pid, process]))
-    return this.#options.channels.map(({ pid }, index) => {
+    return this.#options.channels.map((source, index) => {
+      const { pid } = source
       const { ppid, threads } = processes.get(pid)!
       return {
-        sourcePid: pid,
+        source,
         pid: renamed.get(pid)!,
         // The root's parent is this process: it is restored as our child, and does not see us from inside a namespace.
         ppid: renamed.get(ppid) ?? (this.#keepsIds ? 0 : process.pid),

@@ -29,6 +29,7 @@ const STOP_TIMEOUT_MS = 5_000
 export interface SpawnEngineOptions {
   /** Boots the command until it is ready and warm. */
   boot(signal?: AbortSignal): Promise<Template>
+  hookTimeoutMs: number
   /** Starts the command on the caller's descriptors, and waits for nothing. */
   start(stdio: StdioFds): Promise<Template>
 }
@@ -71,9 +72,14 @@ export class SpawnEngine implements Engine {
     }
     return {
       generation,
+      channels: [],
       fork: (options) => this.#fork(number, options),
       close: async () => {},
     }
+  }
+
+  async discard(number: number): Promise<void> {
+    this.#generations.delete(number)
   }
 
   async close(): Promise<void> {}
@@ -82,7 +88,7 @@ export class SpawnEngine implements Engine {
     if (options.stdio) return new Started(await this.#options.start(options.stdio), generation)
     const template = await this.#options.boot(options.signal)
     try {
-      return await Parked.of(template, generation)
+      return await Parked.of(template, generation, this.#options.hookTimeoutMs)
     } catch (error) {
       await template.end(0)
       throw error
@@ -146,12 +152,18 @@ class Parked implements ForkedProcess {
   }
 
   /** Stops a booted program; what it wrote so far is dropped, as it would be in the image of a template. */
-  static async of(template: Template, generation: number): Promise<Parked> {
+  static async of(template: Template, generation: number, hookTimeoutMs: number): Promise<Parked> {
+    // The hooks before a checkpoint are run in each, since each is a copy of its own.
+    await template.agents?.park('template', hookTimeoutMs)
     const members = await stopTree(template)
     template.handOver()
     if (template.pipes) for (const fd of template.pipes.slice(1)) takeFromPipe(fd)
     template.terminal?.discard()
     return new Parked(template, members, generation)
+  }
+
+  get agents() {
+    return this.#template.agents?.worker ? this.#template.agents.becomeFork() : undefined
   }
 
   get pid(): number {

@@ -1,0 +1,245 @@
+/**
+ * The agents of one process tree: of a template, or of a fork. They are parked together, and told together who they are. It knows
+ * links and /proc, and no engine.
+ */
+import { randomBytes } from 'node:crypto'
+import { EventEmitter } from 'node:events'
+import { readlinkSync } from 'node:fs'
+import { Socket } from 'node:net'
+import type { ForkedChannel, SourceChannel } from '../engines/engine.js'
+import { WarmforkError } from '../errors.js'
+import { AgentLink, hookFailed } from './link.js'
+import { type Forked, type FromAgent, payloadOf, payloadValue, textOf } from './protocol.js'
+
+/** What a fork is given. Strings and bytes arrive as they are; a NUL in them is refused. */
+export interface ForkInput {
+  readonly args?: readonly (string | Uint8Array)[]
+  /** `undefined` removes a variable. */
+  readonly env?: Readonly<Record<string, string | Uint8Array | undefined>>
+  readonly cwd?: string | Uint8Array
+  readonly data?: unknown
+}
+
+export type AgentRequest = Extract<FromAgent, { type: 'fork' | 'keep' | 'drop' | 'message' }>
+
+export interface AgentGroupEvents {
+  ready: []
+  request: [request: AgentRequest, link: AgentLink]
+  /** An agent was lost for what it said. */
+  broken: [link: AgentLink, reason: string]
+}
+
+export class AgentGroup extends EventEmitter<AgentGroupEvents> {
+  readonly #links: AgentLink[] = []
+  readonly #forked: { link: AgentLink; channel: ForkedChannel }[] = []
+  #lost: AgentLink[] = []
+
+  /** The agents of a fork: they wait for the line that `fork` sends. */
+  static ofFork(channels: readonly ForkedChannel[]): AgentGroup {
+    const group = new AgentGroup()
+    for (const channel of channels) {
+      const socket = new Socket({ fd: channel.fd, readable: true, writable: true })
+      const { worker: _worker, parked, checkpoint: _checkpoint, ...about } = channel.source.agent
+      const link = new AgentLink(socket, { type: 'hello', protocol: 1, ...about, pid: channel.pid })
+      // It was not in its read at the checkpoint, and does not know that it is a fork: it sees the connection closed.
+      if (!parked) {
+        link.close()
+        continue
+      }
+      group.add(link)
+      group.#forked.push({ link, channel })
+    }
+    return group
+  }
+
+  /** From now on these agents, which are parked, are those of a fork: of the same processes. */
+  becomeFork(): this {
+    const { worker } = this
+    for (const link of this.links) {
+      const { agent, runtime, version, fd, pid } = link.hello
+      const record = {
+        agent,
+        runtime,
+        version,
+        fd,
+        worker: link === worker,
+        parked: true,
+        checkpoint: link.checkpointId,
+      }
+      const source = { pid, inode: 0, agent: record }
+      this.#forked.push({ link, channel: { source, pid, ppid: 0, threads: new Map(), fd: -1 } })
+    }
+    return this
+  }
+
+  add(link: AgentLink): void {
+    this.#links.push(link)
+    link.on('ready', () => this.emit('ready'))
+    link.on('request', (request) => this.emit('request', request, link))
+    link.on('close', (reason) => {
+      if (reason !== undefined) this.emit('broken', link, reason)
+    })
+  }
+
+  get links(): readonly AgentLink[] {
+    return this.#links.filter((link) => !link.isClosed)
+  }
+
+  /** The one that said that it is ready, else the one that came last; of a fork the one that was it in the source. */
+  get worker(): AgentLink | undefined {
+    const chosen = this.#forked.find(({ channel }) => channel.source.agent.worker)?.link
+    if (chosen) return chosen.isClosed ? undefined : chosen
+    const { links } = this
+    return links.find((link) => link.isReady) ?? links.at(-1)
+  }
+
+  get isReady(): boolean {
+    return this.#links.some((link) => link.isReady)
+  }
+
+  /**
+   * Has all agents run their hooks and wait. Those that do not answer are left out; where a hook fails, all go on.
+   * @returns what the user should hear
+   * @throws HOOK_FAILED
+   */
+  async park(reason: 'template' | 'fork' | 'refork', timeoutMs: number): Promise<string[]> {
+    const links = this.links
+    const results = await Promise.allSettled(links.map((link) => link.park(reason, timeoutMs)))
+    const warnings: string[] = []
+    this.#lost = []
+    let failure: unknown
+    for (const [index, result] of results.entries()) {
+      const link = links[index]!
+      if (result.status === 'fulfilled') {
+        if (result.value.length === 0) continue
+        warnings.push(
+          `Threads of process ${link.pid} go on while its agent waits, and run before its hooks in a fork: ${result.value.join(', ')}.`,
+        )
+      } else if (result.reason instanceof WarmforkError && result.reason.code === 'AGENT_LOST') {
+        this.#lost.push(link)
+        warnings.push(result.reason.message)
+      } else failure ??= result.reason
+    }
+    if (failure === undefined) return warnings
+    for (const [index, result] of results.entries()) {
+      if (result.status === 'fulfilled') links[index]!.resumed({ message: String(failure) })
+    }
+    throw failure
+  }
+
+  /** Lets the source go on. An agent that did not answer is none any more. */
+  resume(error?: unknown): void {
+    for (const link of this.#lost) link.close()
+    const failure =
+      error === undefined
+        ? undefined
+        : {
+            message: String((error as Error).message ?? error),
+            ...(error instanceof WarmforkError ? { code: error.code } : {}),
+          }
+    for (const link of this.links) link.resumed(failure)
+    this.#lost = []
+  }
+
+  /** Its connections, for the image that is taken of the parked tree. */
+  channels(): SourceChannel[] {
+    const { worker } = this
+    return this.links.flatMap((link) => {
+      const { pid, fd, agent, runtime, version } = link.hello
+      const inode = socketInode(pid, fd)
+      if (inode === undefined) return []
+      const parked = !this.#lost.includes(link)
+      return [
+        {
+          pid,
+          inode,
+          agent: {
+            agent,
+            runtime,
+            version,
+            fd,
+            worker: link === worker && parked,
+            parked,
+            checkpoint: link.checkpointId,
+          },
+        },
+      ]
+    })
+  }
+
+  /**
+   * Tells each process of a fork who it is, and gives the worker its input; before the fork runs.
+   * @returns resolves when all hooks are done
+   * @throws HOOK_FAILED
+   */
+  fork(input: ForkInput, about: { generation: number; timeoutMs: number; call?: number }): Promise<void> {
+    const done = this.#forked.map(({ link }) => this.#hooksOf(link))
+    for (const { link, channel } of this.#forked) {
+      const { worker, checkpoint } = channel.source.agent
+      link.forked({
+        type: 'forked',
+        id: checkpoint,
+        pid: channel.pid,
+        ppid: channel.ppid || process.pid,
+        generation: about.generation,
+        threads: Object.fromEntries(channel.threads),
+        seed: randomBytes(32).toString('base64'),
+        timeoutMs: about.timeoutMs,
+        worker,
+        ...(worker ? inputMembers(input) : {}),
+        ...(worker && about.call !== undefined ? { call: about.call } : {}),
+      })
+    }
+    return Promise.all(done).then(() => {})
+  }
+
+  #hooksOf(link: AgentLink): Promise<void> {
+    const tried = `run the hooks of a fork, process ${link.pid} (${link.hello.runtime})`
+    return new Promise((resolve, reject) => {
+      link.once('running', (error) => (error ? reject(hookFailed(tried, error)) : resolve()))
+      link.once('failed', (error) => reject(hookFailed(tried, error)))
+      // Its process has ended, or the program has closed the descriptor: the one is told by its exit, the other is no failure.
+      link.once('close', () => resolve())
+    })
+  }
+
+  unref(): void {
+    for (const link of this.#links) link.unref()
+  }
+
+  close(): void {
+    for (const link of this.#links) link.close()
+  }
+}
+
+/** The members of `forked` that are the worker's alone. */
+function inputMembers({ args, env, cwd, data }: ForkInput): Partial<Forked> {
+  const variables = Object.entries(env ?? {})
+  return {
+    ...(args ? { args: args.map(textOf) } : {}),
+    ...(env
+      ? {
+          env: {
+            set: Object.fromEntries(
+              variables.flatMap(([key, value]) => (value === undefined ? [] : [[key, textOf(value)]])),
+            ),
+            unset: variables.flatMap(([key, value]) => (value === undefined ? [key] : [])),
+          },
+        }
+      : {}),
+    ...(cwd === undefined ? {} : { cwd: textOf(cwd) }),
+    ...(data === undefined ? {} : { data: payloadOf(data) }),
+  }
+}
+
+/** Undefined where the process has closed it, or put another file in its place. */
+function socketInode(pid: number, fd: number): number | undefined {
+  try {
+    const inode = /^socket:\[(\d+)\]$/.exec(readlinkSync(`/proc/${pid}/fd/${fd}`))?.[1]
+    return inode === undefined ? undefined : Number(inode)
+  } catch {
+    return undefined
+  }
+}
+
+export { payloadValue }

@@ -1,0 +1,206 @@
+/**
+ * One connection to one agent, seen from the supervisor: what it says becomes events, what it is to do becomes lines. It holds the
+ * agent to the protocol, and knows no supervisor, no engine and no fork.
+ */
+import { EventEmitter } from 'node:events'
+import type { Socket } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { WarmforkError } from '../errors.js'
+import { LineSplitter } from '../lines.js'
+import {
+  type AgentFailure,
+  encodeLine,
+  type Forked,
+  type FromAgent,
+  type Hello,
+  MAX_LINE_FROM_AGENT,
+  parseLine,
+  type ToAgent,
+} from './protocol.js'
+
+/** An agent ends its hooks itself when they take too long: this much later one that says nothing is given up. */
+const GRACE_MS = 2_000
+
+export interface LinkEvents {
+  ready: []
+  running: [error: AgentFailure | undefined]
+  failed: [error: AgentFailure]
+  request: [request: Extract<FromAgent, { type: 'fork' | 'keep' | 'drop' | 'message' }>]
+  /** `reason` where it was closed for what it said. */
+  close: [reason: string | undefined]
+}
+
+export class AgentLink extends EventEmitter<LinkEvents> {
+  readonly #socket: Socket
+  readonly #lines = new LineSplitter(MAX_LINE_FROM_AGENT)
+  #hello: Hello
+  #isReady = false
+  #isClosed = false
+  #asked:
+    | { id: number; settle: (answer: Extract<FromAgent, { type: 'parked' | 'refused' }> | undefined) => void }
+    | undefined
+  #sequence = 0
+  #held: ToAgent[] | undefined
+
+  /** The socket's bytes from after the hello on are this object's, as is the socket. */
+  constructor(socket: Socket, hello: Hello) {
+    super()
+    this.#socket = socket
+    this.#hello = hello
+    socket.on('error', () => {})
+    socket.on('data', (chunk) => this.#read(chunk))
+    // The agent's end was closed: by the program, or with it.
+    socket.once('end', () => this.close())
+    socket.once('close', () => this.close())
+    // It may have been paused after the hello.
+    socket.resume()
+  }
+
+  get hello(): Hello {
+    return this.#hello
+  }
+
+  get pid(): number {
+    return this.#hello.pid
+  }
+
+  get isReady(): boolean {
+    return this.#isReady
+  }
+
+  get isClosed(): boolean {
+    return this.#isClosed
+  }
+
+  /** Id of the checkpoint that it was last asked for. */
+  get checkpointId(): number {
+    return this.#sequence
+  }
+
+  /** While it waits in its read nothing but the line that it waits for is sent: the rest follows it. */
+  send(message: ToAgent): void {
+    if (this.#held) this.#held.push(message)
+    else this.#write(message)
+  }
+
+  #write(message: ToAgent): void {
+    if (!this.#isClosed) this.#socket.write(encodeLine(message))
+  }
+
+  #release(): void {
+    const held = this.#held ?? []
+    this.#held = undefined
+    for (const message of held) this.#write(message)
+  }
+
+  /**
+   * Runs the hooks before a checkpoint and has the agent wait in its read.
+   * @returns names of threads that go on all the same
+   * @throws HOOK_FAILED, and AGENT_LOST where it says nothing or is gone
+   */
+  async park(reason: 'template' | 'fork' | 'refork', timeoutMs: number): Promise<readonly string[]> {
+    const tried = `run the hooks before the checkpoint in process ${this.pid} (${this.#hello.runtime})`
+    if (this.#isClosed) throw new WarmforkError('AGENT_LOST', { tried, happened: 'its connection is closed' })
+    const id = ++this.#sequence
+    const answered = new Promise<Extract<FromAgent, { type: 'parked' | 'refused' }> | undefined>((settle) => {
+      this.#asked = { id, settle }
+    })
+    this.send({ type: 'checkpoint', id, reason, timeoutMs })
+    this.#held = []
+    const over = new AbortController()
+    const late = sleep(timeoutMs + GRACE_MS, 'late' as const, { signal: over.signal, ref: false }).catch(
+      () => undefined,
+    )
+    const answer = await Promise.race([answered, late])
+    over.abort()
+    this.#asked = undefined
+    if (answer === 'late') {
+      throw new WarmforkError('AGENT_LOST', {
+        tried,
+        happened: `its agent gave no answer within ${timeoutMs + GRACE_MS} ms: the program may hold its event loop, or all its threads, up`,
+      })
+    }
+    if (answer === undefined) {
+      throw new WarmforkError('AGENT_LOST', { tried, happened: 'it has closed the connection' })
+    }
+    if (answer.type === 'refused') {
+      this.#release()
+      throw hookFailed(tried, answer.error)
+    }
+    return answer.threads ?? []
+  }
+
+  /** Lets the source go on after a checkpoint; with an error where there was none. */
+  resumed(error?: AgentFailure): void {
+    this.#write({ type: 'resumed', id: this.#sequence, ...(error ? { error } : {}) })
+    this.#release()
+  }
+
+  /** Tells a fork who it is: the first line on its new connection. */
+  forked(message: Forked): void {
+    this.#write(message)
+  }
+
+  /** Closes the connection; what was sent goes out before. */
+  close(reason?: string): void {
+    if (this.#isClosed) return
+    this.#isClosed = true
+    this.#asked?.settle(undefined)
+    this.#socket.end()
+    this.#socket.destroySoon()
+    this.emit('close', reason)
+  }
+
+  /** Neither holds the process up when nothing else is left to do. */
+  unref(): void {
+    this.#socket.unref()
+  }
+
+  #read(chunk: Buffer): void {
+    if (this.#isClosed) return
+    try {
+      for (const line of this.#lines.push(chunk)) {
+        const message = parseLine(line)
+        if (message && !this.#isClosed) this.#obey(message)
+      }
+    } catch (error) {
+      if (!(error instanceof SyntaxError) && !(error instanceof RangeError)) throw error
+      this.send({ type: 'error', message: error.message })
+      this.close(`it sent what is no message: ${error.message}`)
+    }
+  }
+
+  #obey(message: FromAgent): void {
+    switch (message.type) {
+      case 'hello':
+        // A program that replaces itself (exec) keeps no connection; this is a second word of the same one.
+        this.#hello = message
+        return
+      case 'ready':
+        this.#isReady = true
+        this.emit('ready')
+        return
+      case 'parked':
+      case 'refused':
+        if (this.#asked?.id === message.id) this.#asked.settle(message)
+        return
+      case 'running':
+        this.emit('running', message.error)
+        return
+      case 'failed':
+        this.emit('failed', message.error)
+        return
+      default:
+        this.emit('request', message)
+    }
+  }
+}
+
+export function hookFailed(tried: string, { hook, message, stack }: AgentFailure): WarmforkError {
+  const where = hook === undefined ? '' : `the hook \`${hook}\` failed: `
+  return new WarmforkError('HOOK_FAILED', {
+    tried,
+    happened: `${where}${message}`,
+    ...(stack === undefined ? {} : { output: stack }),
+  })
+}
