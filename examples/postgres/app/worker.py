@@ -1,0 +1,111 @@
+"""The same worker as worker.mjs in Python, with psycopg2's pool. It does what stdin says: `jobs N`.
+
+psycopg2's pool hands out connections that have ended, so the program throws such a one away and takes another. With warmfork's agent
+the hook below drops them all in a fork before anything else runs there; without one it is never called.
+"""
+import json
+import os
+import sys
+import threading
+import time
+
+import psycopg2
+import psycopg2.pool
+
+try:
+    import warmfork
+except ImportError:
+    warmfork = None
+
+
+def new_pool():
+    return psycopg2.pool.ThreadedConnectionPool(
+        1, 4, os.environ["DATABASE_URL"], application_name="python"
+    )
+
+
+pool = new_pool()
+
+
+def in_fork():
+    global pool
+    pool = new_pool()
+
+
+if warmfork:
+    warmfork.on_fork(in_fork)
+
+
+def query(text, values):
+    sender = os.getpid()
+    for attempt in (1, 2, 3):
+        connection = pool.getconn()
+        try:
+            with connection, connection.cursor() as cursor:
+                cursor.execute(text, values)
+                row = cursor.fetchone()
+            pool.putconn(connection)
+            return row
+        except (psycopg2.OperationalError, psycopg2.InterfaceError):
+            # It has ended, as after a fork. What a fork sends on it no server sees, so it is made again. A query that was under way
+            # at the checkpoint is another matter: the template gets its answer, and it must not be made twice.
+            pool.putconn(connection, close=True)
+            if os.getpid() != sender:
+                return None
+            if attempt == 3:
+                raise
+
+
+done = 0
+lock = threading.Lock()
+
+
+def job():
+    global done
+    with lock:
+        done += 1
+        n = done
+    mark = "%d/%d" % (os.getpid(), n)
+    row = query(
+        "INSERT INTO jobs (worker, n, backend) VALUES (%s, %s, pg_backend_pid()) RETURNING worker, n, backend, %s",
+        (os.getpid(), n, mark),
+    )
+    if row is None:
+        return None
+    worker, number, backend, echo = row
+    if (echo, number) != (mark, n):
+        raise AssertionError("job %d got the answer of another: %s" % (n, echo))
+    return backend
+
+
+busy = threading.Event()
+
+
+def tick():
+    while busy.is_set():
+        try:
+            job()
+        except psycopg2.Error as error:
+            print(error, file=sys.stderr, flush=True)
+        time.sleep(0.02)
+
+
+job()
+if "--busy" in sys.argv:
+    busy.set()
+    threading.Thread(target=tick, daemon=True).start()
+print("ready", flush=True)
+
+for line in sys.stdin:
+    busy.clear()
+    backends, errors = set(), []
+    count = int(line.split()[1])
+    for _ in range(count):
+        try:
+            backends.add(job())
+        except Exception as error:
+            errors.append(str(error))
+    print(
+        json.dumps({"pid": os.getpid(), "done": count - len(errors), "backends": sorted(backends), "errors": errors}),
+        flush=True,
+    )
