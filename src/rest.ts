@@ -1,8 +1,9 @@
 /**
- * Whether a program has nothing in hand, as far as that can be seen from outside. What is looked at: the TCP connections that it
- * has accepted. What cannot be known: requests on Unix sockets, jobs from a queue, timers, a transaction with a database, a
- * response that pauses in its middle (it looks like one that is complete), a request that is being worked on although its answer
- * has begun. An agent inside the program will know; this only keeps the plain mistakes out.
+ * Whether a program has nothing in hand, as far as that can be seen from outside. What is looked at: the TCP and Unix connections
+ * that it has accepted. What cannot be known: jobs from a queue, timers, a transaction with a database, a response that pauses in
+ * its middle (it looks like one that is complete), a request that is being worked on although its answer has begun, and of Unix
+ * connections (the kernel keeps no times of them) one that was read and has no answer yet. An agent inside the program will know;
+ * this only keeps the plain mistakes out.
  */
 import { closeSync, readdirSync, readFileSync, readlinkSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -60,7 +61,12 @@ export async function untilAtRest(
 /** What a process and its descendants have in hand, as a phrase; undefined where they are at rest. */
 export async function whatIsInHand(root: number): Promise<string | undefined> {
   if (process.platform !== 'linux') return undefined
-  const sockets = [root, ...descendants(root)].flatMap(tcpSockets)
+  const tree = [root, ...descendants(root)]
+  return (await tcpInHand(tree)) ?? unixInHand(tree)
+}
+
+async function tcpInHand(tree: readonly number[]): Promise<string | undefined> {
+  const sockets = tree.flatMap(tcpSockets)
   const served = new Set(sockets.filter((socket) => socket.state === LISTEN).map((socket) => socket.localPort))
   for (const socket of sockets) {
     const { state, localPort, remotePort, unread, unsent } = socket
@@ -80,8 +86,26 @@ export async function whatIsInHand(root: number): Promise<string | undefined> {
   return undefined
 }
 
-/** TCP sockets that a process has open, from its descriptors and its network namespace's tables. */
-function tcpSockets(pid: number): TcpSocket[] {
+/** What was sent by one side and not read by the other, on connections that were accepted from outside. */
+async function unixInHand(tree: readonly number[]): Promise<string | undefined> {
+  const owned = new Set(tree.flatMap((pid) => [...socketDescriptors(pid).keys()].map(Number)))
+  if (owned.size === 0) return undefined
+  const { unixSockets } = await import('./linux/unix-sockets.js')
+  const all = unixSockets()
+  const own = [...owned].flatMap((inode) => all.get(inode) ?? [])
+  // What a server accepts has the address that it listens at.
+  const served = new Set(own.filter(({ state }) => state === LISTEN).map(({ name }) => name))
+  for (const { state, name, peer, unread, unsent } of own) {
+    if (state === LISTEN && unread > 0) return `${unread} connections wait to be accepted at ${name}`
+    if (state !== ESTABLISHED || name === '' || !served.has(name) || owned.has(peer)) continue
+    if (unread > 0) return `a connection to ${name} has ${unread} bytes that it has not read`
+    if (unsent > 0) return `a connection to ${name} has bytes under way`
+  }
+  return undefined
+}
+
+/** Descriptors of a process that are sockets, by inode. */
+function socketDescriptors(pid: number): Map<string, number> {
   const fds = new Map<string, number>()
   try {
     for (const fd of readdirSync(`/proc/${pid}/fd`)) {
@@ -91,6 +115,12 @@ function tcpSockets(pid: number): TcpSocket[] {
   } catch {
     // It ends, or closes one of them just now: the next look will tell.
   }
+  return fds
+}
+
+/** TCP sockets that a process has open, from its descriptors and its network namespace's tables. */
+function tcpSockets(pid: number): TcpSocket[] {
+  const fds = socketDescriptors(pid)
   if (fds.size === 0) return []
   return ['tcp', 'tcp6'].flatMap((table) => {
     let text: string
