@@ -748,6 +748,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     await step(() => this.#reception?.close())
     // It ends what is left, and removes our directory.
     await step(() => this.#guard?.end())
+    await step(() => this.#engine?.settled?.())
     this.#removeDirectories()
     clearInterval(this.#keepAlive)
     this.#state = 'stopped'

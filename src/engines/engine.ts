@@ -131,7 +131,7 @@ export interface ForkedProcess {
   onStrayResume?: () => void
   /** Sends a signal to the root; false where it is gone. */
   kill(signal: NodeJS.Signals): boolean
-  /** Kills what is left of it where that can be told for sure: in a pid namespace of its own. */
+  /** Kills what is left of it that its parents and sessions do not tell of: all in its pid namespace, and what was restored with it. */
   endRest?(): void
 }
 
@@ -158,4 +158,6 @@ export interface Engine {
   /** Removes a generation that is not durable, and that nobody uses. */
   discard(generation: number): Promise<void>
   close(): Promise<void>
+  /** After all processes were ended: resolves when the statuses of those that nobody else waits for are read. */
+  settled?(): Promise<void>
 }

@@ -56,7 +56,7 @@ export class ForkImage {
   readonly ids: readonly number[]
   readonly rootPid: number
   /** All processes, the root first. */
-  readonly processes: readonly { pid: number; ppid: number; threads: readonly number[] }[]
+  readonly processes: readonly { pid: number; ppid: number; threads: readonly number[]; stopped: boolean }[]
   readonly pids: readonly number[]
   readonly #set: ImageSet
   readonly #pages: ProcessPages[]
@@ -81,7 +81,7 @@ export class ForkImage {
     this.#set = set
     this.ids = idsOf(set)
     const processes = set.processes()
-    this.processes = processes.map(({ pid, ppid, threads }) => ({ pid, ppid, threads: [...threads] }))
+    this.processes = processes.map(({ pid, ppid, threads, stopped }) => ({ pid, ppid, threads: [...threads], stopped }))
     this.pids = processes.map(({ pid }) => pid)
     this.rootPid = this.pids[0]!
     this.#pages = options.keepsIds

@@ -17,6 +17,7 @@ import {
   PstreeEntry,
   RemapEntry,
   TASK_DEAD,
+  TASK_STOPPED,
 } from './schema.js'
 import { checkWhole } from './whole.js'
 
@@ -123,9 +124,10 @@ export class ImageSet {
   /** The processes of the image, the root first. */
   processes(): Process[] {
     return this.all('pstree.img', PstreeEntry).map((entry) => {
-      const dead = this.core(entry.pid).task?.taskState === TASK_DEAD
+      const state = this.core(entry.pid).task?.taskState
+      const dead = state === TASK_DEAD
       // CRIU leaves the ids of a zombie's threads unset: what stands there is what lay in its memory.
-      return { ...entry, threads: dead ? [entry.pid] : entry.threads, dead }
+      return { ...entry, threads: dead ? [entry.pid] : entry.threads, dead, stopped: state === TASK_STOPPED }
     })
   }
 
@@ -166,4 +168,6 @@ export interface Process {
   threads: number[]
   /** A zombie: it has an exit status and no memory. */
   dead: boolean
+  /** It stood still (SIGSTOP) when the image was taken. */
+  stopped: boolean
 }

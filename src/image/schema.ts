@@ -49,6 +49,7 @@ const TaskCore = message({
 
 /** State of a zombie: it has an exit status and no memory. */
 export const TASK_DEAD = 2
+export const TASK_STOPPED = 3
 
 const ThreadCore = message({
   deathSignal: optional(8, 'uint32'),

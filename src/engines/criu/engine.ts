@@ -51,6 +51,7 @@ import { CriuForkSource } from './fork-source.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
 import { encodeWiped, Lineage } from './lineage.js'
 import { chooseMemory } from './memory-choice.js'
+import { PidNamespace } from './namespace.js'
 import { forkError } from './restorer.js'
 import { hasFileCapabilities, requireRights } from './rights.js'
 import { remakePaths, type SharedPath, sharedPaths } from './shared-paths.js'
@@ -375,6 +376,10 @@ export class CriuEngine implements Engine {
         return { ...listener, address: Uint8Array.from(listener.address), descriptor }
       }),
     }
+  }
+
+  settled(): Promise<void> {
+    return PidNamespace.settle()
   }
 
   async close(): Promise<void> {

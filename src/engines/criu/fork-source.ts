@@ -13,7 +13,7 @@ import type { Listener } from '../../image/edits/listeners.js'
 import type { InheritedTerminal } from '../../image/edits/terminal.js'
 import { ids } from '../../linux/ids.js'
 import { idInUse, sendSignal, signalNumber, takesDatagrams } from '../../linux/libc.js'
-import { runTrace, stat } from '../../linux/proc.js'
+import { isAlive, runTrace, stat } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import { Terminal } from '../../terminal.js'
 import type {
@@ -323,7 +323,8 @@ export class CriuForkSource implements ForkSource {
     }
     const channels = this.#channelsOf(image, fresh, fds)
     const terminal = master === undefined ? undefined : new Terminal(master)
-    return new RestoredProcess(pid, pids, pipes, terminal, channels, generation.number, namespace, () => {
+    const stopped = pids.filter((_, index) => image.processes[index]?.stopped)
+    return new RestoredProcess(pid, pids, stopped, pipes, terminal, channels, generation.number, namespace, () => {
       // What it has started may outlive it; by its group the guard finds that at the end.
       for (const one of pids) if (!idInUse(one)) launcher.forget(one)
       lease.release()
@@ -378,10 +379,14 @@ class RestoredProcess implements ForkedProcess {
   #stoodAt: string | undefined
   #running = false
   #gone = false
+  /** Of the tree all but the root, with their start times: criu gives what was an orphan to init. */
+  readonly #started: ReadonlyMap<number, number>
 
   constructor(
     readonly pid: number,
     readonly pids: readonly number[],
+    /** Those of them that stood still when the image was taken: they go on to. */
+    readonly stopped: readonly number[],
     readonly pipes: StdioFds | undefined,
     readonly terminal: Terminal | undefined,
     readonly channels: readonly ForkedChannel[],
@@ -390,6 +395,7 @@ class RestoredProcess implements ForkedProcess {
     /** What it gives is waited for before the exit is told. */
     onExit: () => Promise<void> | undefined,
   ) {
+    this.#started = new Map(pids.slice(1).map((one) => [one, stat(one)?.startTicks ?? 0]))
     const settled = setTimeout(() => {
       if (!this.#running) this.#stoodAt = this.#traces()
     }, STOPPED_MS).unref()
@@ -421,6 +427,9 @@ class RestoredProcess implements ForkedProcess {
 
   endRest(): void {
     this.namespace?.kill()
+    if (this.namespace) return
+    for (const [pid, startTicks] of this.#started)
+      if (isAlive(pid, startTicks)) sendSignal(pid, signalNumber('SIGKILL'))
   }
 
   resume(): void {
@@ -435,7 +444,9 @@ class RestoredProcess implements ForkedProcess {
     }
     this.#running = true
     // Children before parents: a shell that waits must not find its child stopped.
-    for (const pid of [...this.pids].reverse()) sendSignal(pid, signalNumber('SIGCONT'))
+    for (const pid of [...this.pids].reverse()) {
+      if (!this.stopped.includes(pid)) sendSignal(pid, signalNumber('SIGCONT'))
+    }
   }
 
   /** What changes when one of its processes runs. */

@@ -7,7 +7,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { errnoOf, WarmforkError } from '../../errors.js'
 import { sendSignal, signalNumber, streamPair, waitChild } from '../../linux/libc.js'
-import { children, descendants, namespacePid } from '../../linux/proc.js'
+import { children, descendants, isEnding, namespacePid } from '../../linux/proc.js'
 import { type ExitStatus, reaper } from '../../linux/reaper.js'
 import { spawnProgram } from '../../linux/spawn.js'
 
@@ -31,6 +31,8 @@ export interface NamespaceOptions {
 }
 
 export class PidNamespace {
+  /** Those whose first process has not been reaped. */
+  static readonly #all = new Set<PidNamespace>()
   /** Its first process, by the id that it has outside. All that is in the namespace ends with it. */
   readonly init: number
   /** criu, likewise. */
@@ -71,22 +73,33 @@ export class PidNamespace {
     }
     this.init = init
     this.criu = criu
+    PidNamespace.#all.add(this)
     this.ended = new Promise<ExitStatus>((resolve) => {
       reaper.watch(init, {
         exited: (status) => {
           this.#isOver = true
+          PidNamespace.#all.delete(this)
           resolve(status)
         },
       })
     })
   }
 
-  /** The ids outside of a restored tree, by those inside; empty where there is no such root. */
+  /**
+   * The ids outside of a restored tree, by those inside; empty where there is no such root. What belonged to a session whose
+   * leader has ended is a child of the first process.
+   */
   outsideIds(rootId: number): Map<number, number> {
     const root = this.#ours().find((pid) => namespacePid(pid) === rootId)
     return root === undefined
       ? new Map()
-      : new Map([root, ...descendants(root)].map((pid) => [namespacePid(pid) ?? 0, pid]))
+      : new Map([root, ...descendants(root), ...descendants(this.init)].map((pid) => [namespacePid(pid) ?? 0, pid]))
+  }
+
+  /** Resolves when those that are about to end are reaped. */
+  static async settle(): Promise<void> {
+    const ending = [...PidNamespace.#all].filter(({ init }) => isEnding(init)).map(({ ended }) => ended)
+    if (ending.length > 0) await Promise.race([Promise.all(ending), sleep(GONE_TIMEOUT_MS, undefined, { ref: false })])
   }
 
   /** Of our own children those that live in the namespace, the youngest first. */
