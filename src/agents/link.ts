@@ -139,6 +139,7 @@ export class AgentLink extends EventEmitter<LinkEvents> {
   /** Tells a fork who it is: the first line on its new connection. */
   forked(message: Forked): void {
     this.#write(message)
+    this.#release()
   }
 
   /** Closes the connection; what was sent goes out before. */
