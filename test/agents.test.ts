@@ -271,6 +271,7 @@ describe.skipIf(!ENGINES.includes('criu'))('a fork that a program asks for', () 
   const place = usePlace('criu')
   const mini = (options: Partial<SupervisorOptions> = {}) =>
     place.current.start({ command: MINI, ready: { agent: true }, pool: { size: 0 }, ...options })
+  // A fork shares the stdin of its parent: whichever reads first has the word. So they are spoken to by their agents.
   const generations = (supervisor: Supervisor) =>
     readdirSync(join(supervisor.store, supervisor.name, 'generations')).filter((name) => /^\d+$/.test(name))
 
@@ -288,7 +289,7 @@ describe.skipIf(!ENGINES.includes('criu'))('a fork that a program asks for', () 
   test('is a copy of it with its data, and shares its output; the program hears of its end', async () => {
     const supervisor = await mini()
     const child = await supervisor.fork()
-    child.stdin.write('say {"type":"fork","id":3,"data":{"json":"input"}}\n')
+    child.send({ do: 'say {"type":"fork","id":3,"data":{"json":"input"}}' })
     const both = await events(child, 2)
     const forked = both.find(({ event }) => event === 'forked')!
     const result = both.find(({ event }) => event === 'forkResult')!
@@ -339,9 +340,9 @@ describe.skipIf(!ENGINES.includes('criu'))('a fork that a program asks for', () 
     const supervisor = await mini()
     const child = await supervisor.fork()
     await child.ready
-    child.stdin.write('say {"type":"fork","id":1}\n')
+    child.send({ do: 'say {"type":"fork","id":1}' })
     await new Promise((resolve) => setTimeout(resolve, 15))
-    child.stdin.write('say {"type":"fork","id":2}\n')
+    child.send({ do: 'say {"type":"fork","id":2}' })
     const results = await events(child, 2, (event) => event === 'forkResult')
     expect(results.map(({ message }) => (message as { id: number }).id)).toEqual([1, 2])
   })
@@ -349,17 +350,17 @@ describe.skipIf(!ENGINES.includes('criu'))('a fork that a program asks for', () 
   test('can be made again of a checkpoint that is kept, until that is dropped', async () => {
     const supervisor = await mini()
     const child = await supervisor.fork()
-    child.stdin.write('say {"type":"keep","id":1}\n')
+    child.send({ do: 'say {"type":"keep","id":1}' })
     const [kept] = await events(child, 1)
     const { generation } = kept!.message as { generation: number }
-    for (const id of [2, 3]) child.stdin.write(`say {"type":"fork","id":${id},"generation":${generation}}\n`)
+    for (const id of [2, 3]) child.send({ do: `say {"type":"fork","id":${id},"generation":${generation}}` })
     const results = await events(child, 2, (event) => event === 'forkResult')
     expect(results.map(({ message }) => message)).toEqual([
       expect.objectContaining({ generation }),
       expect.objectContaining({ generation }),
     ])
-    child.stdin.write(`say {"type":"drop","generation":${generation}}\n`)
-    child.stdin.write(`say {"type":"fork","id":4,"generation":${generation}}\n`)
+    child.send({ do: `say {"type":"drop","generation":${generation}}` })
+    child.send({ do: `say {"type":"fork","id":4,"generation":${generation}}` })
     const [refused] = await events(child, 1, (event) => event === 'forkResult')
     expect(refused!.message).toMatchObject({ id: 4, error: { code: 'GENERATION_NOT_FOUND' } })
   })
@@ -367,16 +368,16 @@ describe.skipIf(!ENGINES.includes('criu'))('a fork that a program asks for', () 
   test('and the program speak to each other', async () => {
     const supervisor = await mini()
     const child = await supervisor.fork()
-    child.stdin.write('say {"type":"fork","id":1}\n')
+    child.send({ do: 'say {"type":"fork","id":1}' })
     const [forked] = await events(child, 1, (event) => event === 'forked')
-    child.stdin.write(`say {"type":"message","to":${forked!.pid},"data":{"json":"down"}}\n`)
+    child.send({ do: `say {"type":"message","to":${forked!.pid},"data":{"json":"down"}}` })
     const [down] = await events(child, 1, (event) => event === 'message')
     expect(down!.message).toEqual({ type: 'message', data: { json: 'down' }, from: 'parent' })
     const copy = supervisor.children.find(({ pid }) => pid === forked!.pid)!
     copy.send({ do: 'say {"type":"message","to":"parent","data":{"json":"up"}}' })
     const [up] = await events(child, 1, (event) => event === 'message')
     expect(up!.message).toEqual({ type: 'message', data: { json: 'up' }, from: copy.pid })
-    child.stdin.write('say {"type":"message","to":1,"data":{"json":"nobody"}}\n')
+    child.send({ do: 'say {"type":"message","to":1,"data":{"json":"nobody"}}' })
     expect((await events(child, 1))[0]!.event).toBe('error')
   })
 
@@ -395,7 +396,7 @@ describe.skipIf(!ENGINES.includes('criu'))('a fork that a program asks for', () 
     const supervisor = await mini()
     const parent = await supervisor.fork()
     await parent.ready
-    parent.stdin.write('say {"type":"keep","id":1}\n')
+    parent.send({ do: 'say {"type":"keep","id":1}' })
     const [kept] = await events(parent, 1)
     const { generation } = kept!.message as { generation: number }
     const before = fds()
