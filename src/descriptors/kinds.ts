@@ -68,6 +68,16 @@ export const DESCRIPTOR_KINDS = {
     policies: ['close', 'error'],
     risk: 'the program keeps it and no fork has it, whatever it believes; take it after the fork',
   },
+  'file-unlinked-large': {
+    words: 'an unlinked file of more than 64 MiB',
+    policies: ['error', 'keep'],
+    remedy: `${CLOSE_FIRST}: each fork would get a copy.`,
+  },
+  'netlink-unread': {
+    words: 'a netlink socket with something to be read',
+    policies: ['error', 'keep'],
+    remedy: 'Let the program read it first.',
+  },
   'pidfd-outside': {
     words: 'a pidfd of a process outside of the program',
     policies: ['error', 'keep'],

@@ -28,6 +28,8 @@ const O_PATH = 0o10000000
 
 const CONNECTED = 1
 const LISTENING = 10
+/** Column of /proc/net/netlink: bytes that wait to be read. */
+const NETLINK_RECEIVED = 4
 const SOCK_DGRAM = 2
 const AF_INET = 2
 const AF_INET6 = 10
@@ -39,6 +41,9 @@ const TERMINALS = 4
 const TERMINAL_ALIASES = 5
 const PTY_SLAVES = 136
 const PTY_MASTER = [5, 2] as const
+
+/** How much of an unlinked open file is kept in the image: CRIU's own 1 MiB is less than what JVMs and interpreters unlink. */
+export const GHOST_LIMIT_BYTES = 64 << 20
 
 /** By the kernel's name for it, without `anon_inode:` and brackets. */
 const ANONYMOUS: Readonly<Record<string, DescriptorKind>> = {
@@ -186,7 +191,7 @@ function kindOf(
   if (mounts.size > 0 && !mounts.has(mountId)) return 'file-hidden'
   if (stats.isFIFO()) return 'fifo'
   if (stats.isDirectory()) return 'directory'
-  if (stats.nlink === 0) return 'file-unlinked'
+  if (stats.nlink === 0) return stats.size > GHOST_LIMIT_BYTES ? 'file-unlinked-large' : 'file-unlinked'
   if (flags & O_PATH || (flags & O_ACCMODE) === 0) return 'file-read'
   return flags & O_APPEND ? 'file-append' : 'file-write'
 }
@@ -234,7 +239,11 @@ class Sockets {
     const target = `socket:[${inode}]`
     const unix = this.#unix.get(inode)
     if (unix) return describeUnix(unix, this.#unix.get(unix.peer), owned)
-    return this.#known.get(inode) ?? { kind: isKnownFamily(pid, fd) ? 'socket-inside' : 'socket-unknown', target }
+    const known = this.#known.get(inode)
+    // Multipath TCP stands among TCP.
+    const isSure = known !== undefined && !known.kind.startsWith('tcp-')
+    if (!isSure && !isKnownFamily(pid, fd)) return { kind: 'socket-unknown', target: known?.target ?? target }
+    return known ?? { kind: 'socket-inside', target }
   }
 
   #lines(table: string): string[][] {
@@ -261,7 +270,8 @@ class Sockets {
   #readOther(table: string): void {
     for (const columns of this.#lines(table)) {
       const inode = Number(columns.at(-1))
-      if (inode > 0) this.#known.set(inode, { kind: 'socket-other', target: table })
+      const unread = table === 'netlink' && Number(columns[NETLINK_RECEIVED]) > 0
+      if (inode > 0) this.#known.set(inode, { kind: unread ? 'netlink-unread' : 'socket-other', target: table })
     }
   }
 }

@@ -9,6 +9,9 @@ export interface NamedFile {
   use: 'mapped' | 'open'
 }
 
+/** What the kernel makes up when it is read. Files of /sys even have a size that is not theirs: a copy of one would never end. */
+const MADE_UP = /^\/(proc|sys)\//
+
 /** The regular files that an image needs unchanged: mapped ones (libraries, the program itself) and those open for reading. */
 export function neededFiles(set: ImageSet): NamedFile[] {
   const names = new Map<string, NamedFile['use']>()
@@ -21,7 +24,7 @@ export function neededFiles(set: ImageSet): NamedFile[] {
     for (const { status, shmid } of set.memory(pid).vmas) if (status & VMA_STATUS.FILE_SHARED) shared.add(Number(shmid))
   }
   for (const [id, { name, flags }] of byId) {
-    if (!name.startsWith('/')) continue
+    if (!name.startsWith('/') || MADE_UP.test(name)) continue
     if (mapped.has(id)) names.set(name, 'mapped')
     else if ((flags & OPEN.ACCMODE) === 0 && !names.has(name) && !shared.has(id)) names.set(name, 'open')
   }

@@ -1,4 +1,5 @@
 /** What criu is told, as pure functions: arguments of a dump, the request of a restore. */
+import { GHOST_LIMIT_BYTES } from '../../descriptors/survey.js'
 import { encode } from '../../image/message.js'
 import { RestoreRequest } from './rpc.js'
 
@@ -12,9 +13,6 @@ export interface DumpOptions {
   /** What belongs to the outside, in criu's words: `unix[INODE]`. */
   external: readonly string[]
 }
-
-/** How much of an unlinked open file is kept in the image: CRIU's own 1 MiB is less than what JVMs and interpreters unlink. */
-const GHOST_LIMIT_BYTES = 64 << 20
 
 export function dumpArguments({ pid, directory, logFile, unprivileged, timeoutMs, external }: DumpOptions): string[] {
   return [

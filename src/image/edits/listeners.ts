@@ -2,8 +2,8 @@
  * Listeners: CRIU would bind a listening socket's address again for every copy, and look at no inherited descriptor for
  * internet sockets; of a Unix socket it would remove the path first, so that the newest copy alone were reached. Turned into
  * an entry for a regular file of an invented name, the socket is taken from a descriptor that the supervisor hands in
- * (`--inherit-fd fd[N]:NAME`), and no file of that name is ever opened. Sockets for datagrams that are bound and have no
- * peer are the same case.
+ * (`--inherit-fd fd[N]:NAME`), and no file of that name is ever opened. Sockets that are bound and have no peer, for datagrams
+ * or not listening yet, are the same case.
  */
 import { resolve } from 'node:path'
 import type { ImageSet } from '../image-set.js'
@@ -38,6 +38,8 @@ export interface Listener {
 
 const AF_UNIX = 1
 const SOCK_DGRAM = 2
+/** As in the kernel's tcp_states.h: of a socket that neither listens nor is connected. */
+const TCP_CLOSE = 7
 const O_RDWR = 2
 /** CRIU's note on the far end of a connection to the outside: it has the state of a listener, and is nobody's in the image. */
 const USK_EXTERN = 1
@@ -83,7 +85,7 @@ export function inheritListeners(set: ImageSet): Listener[] {
 function inetListener(key: string, socket: InetSocket | undefined): Listener | undefined {
   if (!socket) return undefined
   const { ino: inode, family, type, state, sourcePort: port, destinationPort, backlog } = socket
-  const isBound = type === SOCK_DGRAM && port !== 0 && destinationPort === 0
+  const isBound = (type === SOCK_DGRAM || state === TCP_CLOSE) && port !== 0 && destinationPort === 0
   if (state !== TCP_LISTEN && !isBound) return undefined
   const address = new Uint8Array(Uint32Array.from(socket.sourceAddress).buffer)
   return { key, inode, family, type, port, address, backlog, v6only: socket.v6only === true }
@@ -92,7 +94,7 @@ function inetListener(key: string, socket: InetSocket | undefined): Listener | u
 function unixListener(key: string, socket: UnixSocket | undefined): Listener | undefined {
   if (!socket || (socket.uflags & USK_EXTERN) !== 0) return undefined
   const { ino: inode, type, state, backlog, name: address, peer } = socket
-  const isBound = type === SOCK_DGRAM && address.length > 0 && peer === 0
+  const isBound = (type === SOCK_DGRAM || state === TCP_CLOSE) && address.length > 0 && peer === 0
   if (state !== TCP_LISTEN && !isBound) return undefined
   const path = pathOf(socket)
   return { key, inode, family: AF_UNIX, type, port: 0, address, backlog, v6only: false, ...(path ? { path } : {}) }
