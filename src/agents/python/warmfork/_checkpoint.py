@@ -4,9 +4,9 @@ What stops the program meanwhile:
 - Its main thread waits at a gate between two of its bytecodes, or comes to it from the call that it is in. So nothing of it runs before
   the hooks of a fork are done, however long they wait for something.
 - No thread runs Python while the agent is in its read, which is a C call that keeps the interpreter's lock (the GIL). A thread that comes
-  for the lock meanwhile gets it when the agent waits for the first time: random generators, arguments and environment are right by then,
-  the hooks are not done. A thread that was computing, or waiting for the lock, when the read began asks for it after 5 ms and can have
-  it a moment before that.
+  for the lock meanwhile gets it when the agent waits for the first time: arguments and environment are right by then, the hooks are not
+  done. A thread that was computing, or waiting for the lock, when the read began asks for it after 5 ms and can have it right after the
+  read: the generator of the module `random` is another's by then already, which is done in the same C call.
 - C code that does not need the lock runs on. Its threads are named to the supervisor. So are all threads where there is no lock to keep:
   in an interpreter without it, and in one without ctypes.
 """
@@ -14,6 +14,7 @@ import os
 import sys
 from _signal import SIG_BLOCK, SIG_SETMASK, pthread_sigmask
 from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
+from errno import EAGAIN, EINTR
 from functools import partial
 from operator import methodcaller
 from time import monotonic, sleep
@@ -38,6 +39,7 @@ except Exception:  # Python can be built without it, and a security policy can f
 FAILED_STATUS = 70
 # A large payload is read in pieces of this size, between which other threads may run.
 CHUNK = 256 << 10
+SEED_BYTES = 32
 # Longer than any park: a thread that waits for the interpreter's lock asks for it after this time.
 LONG_S = 86_400.0
 # What a lock can wait for is limited.
@@ -341,7 +343,15 @@ class Session:
             pthread_sigmask(SIG_SETMASK, self._agent.program_mask)
 
     def _read(self, connection):
-        buffer = None if ctypes is None else ctypes.create_string_buffer(CHUNK)
+        if ctypes is None:
+            return self._read_message(connection, lambda: os.read(connection.fd, CHUNK))
+        reader = _HoldingReader(connection.fd)
+        message = self._read_message(connection, reader.read)
+        if message is None or message["type"] != "forked":
+            reader.restore_random()
+        return message
+
+    def _read_message(self, connection, read):
         while True:
             line, end, rest = connection.received.partition(b"\n")
             if end:
@@ -351,7 +361,7 @@ class Session:
                     return message
                 self._deferred.append(message)
                 continue
-            chunk = os.read(connection.fd, CHUNK) if buffer is None else _read_holding(connection.fd, buffer)
+            chunk = read()
             if not chunk:
                 return None
             if connection.received and not connection.is_intact():
@@ -432,26 +442,46 @@ class Session:
         os._exit(FAILED_STATUS)
 
 
-def _read_holding(fd, buffer):
-    """Reads without letting go of the interpreter's lock: b"" at the end, and where it cannot be read."""
-    interval = sys.getswitchinterval()
-    # One call of C code, `map`, does all three: the interpreter lets go of the lock only between bytecodes. Who comes for the lock
-    # during the read will wait until we let go of it ourselves; but who asks later gets it as ever.
-    steps = (
-        partial(sys.setswitchinterval, LONG_S),
-        partial(_libc.read, fd, buffer, CHUNK),
-        partial(sys.setswitchinterval, interval),
-    )
-    while True:
-        _, length, _ = map(_call, steps)
-        if length >= 0:
-            return buffer.raw[:length] if length == CHUNK else bytes(memoryview(buffer)[:length])
-        from errno import EAGAIN, EINTR
+class _HoldingReader:
+    """Reads without letting go of the interpreter's lock, and has what it read seed the module `random` before anybody can draw."""
 
-        if ctypes.get_errno() == EAGAIN:
-            os.set_blocking(fd, True)
-        elif ctypes.get_errno() != EINTR:
-            return b""
+    def __init__(self, fd):
+        self._fd = fd
+        self._buffer = ctypes.create_string_buffer(SEED_BYTES + CHUNK)
+        # In the source it is no secret what is read.
+        self._buffer[:SEED_BYTES] = os.urandom(SEED_BYTES)
+        self._random = getattr(sys.modules.get("random"), "_inst", None)
+        self._state = None if self._random is None else self._random.getstate()
+
+    def read(self):
+        """b"" at the end, and where it cannot be read."""
+        read = partial(_libc.read, self._fd, ctypes.addressof(self._buffer) + SEED_BYTES, CHUNK)
+        # One call of C code, `map`, does all: the interpreter lets go of the lock only between bytecodes. Who comes for the lock during
+        # the read will wait until we let go of it ourselves; but who asks later gets it as ever.
+        steps = [partial(sys.setswitchinterval, LONG_S), read, partial(sys.setswitchinterval, sys.getswitchinterval())]
+        if self._random is not None:
+            steps.append(self._seed())
+        while True:
+            _, length, *_ = map(_call, steps)
+            if length >= 0:
+                return bytes(memoryview(self._buffer)[SEED_BYTES : SEED_BYTES + length])
+            if ctypes.get_errno() == EAGAIN:
+                os.set_blocking(self._fd, True)
+            elif ctypes.get_errno() != EINTR:
+                return b""
+            if self._random is not None:
+                steps[-1] = self._seed()
+
+    def _seed(self):
+        from _random import Random
+
+        beginning = memoryview(self._buffer)[: SEED_BYTES + (64 << 10)]
+        return partial(next, map(partial(Random.seed, self._random), map(int.from_bytes, (beginning,), ("little",))))
+
+    def restore_random(self):
+        """In the source, which may have seeded it for what it wants to repeat."""
+        if self._random is not None:
+            self._random.setstate(self._state)
 
 
 def _wake_waiters():

@@ -30,7 +30,7 @@ def correct_at_once(agent, message):
 def _correct_random(seed):
     # Modules may be half imported, where a thread is about it.
     random = getattr(sys.modules.get("random"), "_inst", None)
-    # Once more with the kernel's bytes in `correct`, as Python has it after os.fork(); but threads can run before that. An instance
+    # Once more with the kernel's bytes in `correct`, as Python has it after os.fork(); but threads can run before that. Another instance
     # of random.Random is the program's: it was seeded for what the program wants to repeat.
     if random is not None and seed is not None:
         random.seed(int.from_bytes(text_bytes({"base64": seed}), "big"))
