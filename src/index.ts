@@ -1,6 +1,6 @@
 /** The public API: re-exports only. */
 export { Child, type ChildEvents, type ChildState, type ChildStats, type EndOptions } from './child.js'
-export type { EngineName, GenerationInfo, MemoryMode } from './engines/engine.js'
+export type { EngineName, GenerationInfo, IdentityMode, MemoryMode } from './engines/engine.js'
 export { ERROR_CODES, type ErrorCode, type ErrorDetails, WarmforkError } from './errors.js'
 export type { ForkRequest } from './fork-request.js'
 export type { ExitStatus } from './linux/reaper.js'

@@ -68,7 +68,7 @@ describe('usage', () => {
       'See `warmfork run --help`.',
     ],
     [['prune'], 'it was not said which', 'Give numbers, or `--keep` and `--older-than`.'],
-    [['fork', 'now'], "too many arguments for 'fork'. Expected 0 arguments but got 1", 'See `warmfork fork --help`.'],
+    [['ps', 'now'], "too many arguments for 'ps'. Expected 0 arguments but got 1", 'See `warmfork ps --help`.'],
   ])('%j says what is wrong in three lines, with status 2', async (args, happened, remedy) => {
     const { code, stdout, stderr } = await terminal.call(args)
     const [first, ...rest] = stderr.split('\n')

@@ -165,7 +165,7 @@ const plain = (text: string) => text.replaceAll('`', '').replaceAll(/\s+/g, ' ')
 describe('docs/options.md', () => {
   const page = read('docs/options.md')
   const options = membersOf('src/options.ts')
-  const supervisor = membersOf('src/supervisor.ts')
+  const supervisor = new Map([...membersOf('src/supervisor.ts'), ...membersOf('src/fork-request.ts')])
   const groups: [heading: string, ...names: string[]][] = [
     ['## Options of a supervisor', 'SupervisorOptions'],
     ['### template', 'TemplateOptions'],

@@ -22,6 +22,7 @@ const BAD: readonly [options: object, message: string][] = [
   [{ env: { A: 1 } }, 'Expected `env.A` to be a string, got `1` (number)'],
   [{ name: '../x' }, 'Expected `name` to be letters, digits, `.`, `_` and `-`, at most 64, got `../x` (string)'],
   [{ engine: 'crui' }, "Expected `engine` to be one of 'auto', 'criu', 'spawn', got `crui` (string)"],
+  [{ identity: 'host' }, "Expected `identity` to be one of 'fresh', 'namespace', got `host` (string)"],
   [{ memory: true }, "Expected `memory` to be one of 'auto', 'cow', 'copy', got `true` (boolean)"],
   [{ pool: 4 }, 'Expected `pool` to be an object, got `4` (number)'],
   [{ pool: { size: -1 } }, 'Expected `pool.size` to be a whole number, 0 or more, got `-1` (number)'],

@@ -2,28 +2,40 @@
  * `warmfork fork`: a child on this terminal. Only what it needs is loaded, and this process writes nothing as long as the
  * child runs: the standard streams are the child's.
  */
+
+import { resolve } from 'node:path'
 import { isatty } from 'node:tty'
-import type { Command } from 'commander'
+import { type Command, InvalidArgumentError } from 'commander'
 import { type ControlClient, connectToSupervisor } from '../control/client.js'
-import { PASSED_SIGNALS } from '../control/protocol.js'
+import { type ForkInputParams, PASSED_SIGNALS } from '../control/protocol.js'
 import { defaultRuntimeDirectory } from '../control/runtime-directory.js'
 import { WarmforkError } from '../errors.js'
 import type { ExitStatus } from '../linux/reaper.js'
 import { type Addressed, JSON_OPTION, NAME_OPTION, RUNTIME_OPTION, subcommand } from './command.js'
 import { exitStatusOf } from './failure.js'
+import { collect, collectEnv } from './repeated.js'
 
 export function forkCommand(): Command {
   return subcommand('fork', "fork a child on this command's stdin, stdout and stderr; its exit status is ours", [
     ['warmfork fork', 'the only supervisor that runs'],
     ['echo hello | warmfork fork --name shop', 'its stdin is that of this command'],
+    [
+      'warmfork fork --env MODE=batch -- import july.csv',
+      'a program with an agent gets arguments and variables of its own',
+    ],
     ['warmfork fork --tty --name repl', 'a REPL whose supervisor was started with `warmfork run --tty`'],
   ])
     .option(...NAME_OPTION)
     .option(...RUNTIME_OPTION)
     .option('-t, --tty', 'give it a terminal of its own, shown on this one')
+    .option('--env <key=value>', 'sets a variable in the child; may be repeated; needs an agent', collectEnv)
+    .option('--unset-env <key>', 'removes a variable there; may be repeated', collect)
+    .option('--cwd <directory>', 'where the child changes to; needs an agent')
+    .option('--data <json>', 'the payload: a value in JSON; needs an agent', parseJson)
+    .argument('[args...]', "the program's arguments, in place of those that it was booted with; needs an agent")
     .option(JSON_OPTION[0], "print errors as JSON on stderr; stdout is the child's")
-    .action(async (options: ForkFlags) => {
-      const status = await fork(options)
+    .action(async (args: string[], options: ForkFlags) => {
+      const status = await fork(options, inputOf(args, options))
       // Nothing is left to wait for, and the exit handlers of this process cost milliseconds.
       process.exit(status)
     })
@@ -31,9 +43,36 @@ export function forkCommand(): Command {
 
 interface ForkFlags extends Addressed {
   tty?: boolean
+  env?: Readonly<Record<string, string>>
+  unsetEnv?: readonly string[]
+  cwd?: string
+  data?: unknown
 }
 
-async function fork({ name, runtimeDirectory = defaultRuntimeDirectory(), tty }: ForkFlags): Promise<number> {
+/** Undefined where nothing is given: then no agent is needed. */
+function inputOf(args: readonly string[], { env, unsetEnv, cwd, data }: ForkFlags): ForkInputParams | undefined {
+  const variables = { ...env, ...Object.fromEntries((unsetEnv ?? []).map((key) => [key, null])) }
+  const input = {
+    ...(args.length > 0 ? { args } : {}),
+    ...(Object.keys(variables).length > 0 ? { env: variables } : {}),
+    ...(cwd === undefined ? {} : { cwd: resolve(cwd) }),
+    ...(data === undefined ? {} : { data }),
+  }
+  return Object.keys(input).length > 0 ? input : undefined
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch (error) {
+    throw new InvalidArgumentError(`It is no JSON: ${(error as Error).message}.`)
+  }
+}
+
+async function fork(
+  { name, runtimeDirectory = defaultRuntimeDirectory(), tty }: ForkFlags,
+  input: ForkInputParams | undefined,
+): Promise<number> {
   if (tty) requireTerminal()
   const client = await connectToSupervisor(runtimeDirectory, name)
   const request = client.nextId
@@ -45,7 +84,8 @@ async function fork({ name, runtimeDirectory = defaultRuntimeDirectory(), tty }:
     })
   }
   try {
-    return exitStatusOf(tty ? await onTerminal(client, request) : await client.request('fork', {}))
+    const params = input ? { input } : {}
+    return exitStatusOf(tty ? await onTerminal(client, request, params) : await client.request('fork', params))
   } finally {
     client.close()
   }
@@ -64,7 +104,11 @@ function requireTerminal(): void {
  * As long as the child runs, this terminal is in raw mode: what is typed, Ctrl-C too, is a byte for the child, and the child's own
  * terminal makes of it what its modes say. The supervisor reads it and writes to it.
  */
-async function onTerminal(client: ControlClient, request: number): Promise<ExitStatus> {
+async function onTerminal(
+  client: ControlClient,
+  request: number,
+  params: { input?: ForkInputParams },
+): Promise<ExitStatus> {
   const size = () => ({ columns: process.stdout.columns || 80, rows: process.stdout.rows || 24 })
   process.stdout.on('resize', () => {
     client.request('resize', { request, ...size() }).catch(() => {})
@@ -74,7 +118,7 @@ async function onTerminal(client: ControlClient, request: number): Promise<ExitS
   // After a stop the shell has set the modes that it wants.
   process.on('SIGCONT', () => setRaw(true))
   let over = false
-  const result = client.request('fork', { tty: size() }, async () => {
+  const result = client.request('fork', { tty: size(), ...params }, async () => {
     // Loaded here, so that the child need not wait for it. Node's own raw mode still changes line ends.
     const { rawModes, setTerminalModes, terminalModes } = await import('../linux/pty.js')
     if (over) return

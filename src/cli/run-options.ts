@@ -9,6 +9,7 @@ import type {
   WarmupOption,
 } from '../options.js'
 import { parseCount, parseDuration } from './quantities.js'
+import { collect, collectEnv } from './repeated.js'
 
 export interface RunFlags {
   readonly json?: boolean
@@ -19,6 +20,7 @@ export interface RunFlags {
   readonly cwd?: string
   readonly env?: Readonly<Record<string, string>>
   readonly declaredEnv?: readonly string[]
+  readonly secret?: readonly string[]
   readonly user?: string
   readonly group?: string
 
@@ -29,6 +31,7 @@ export interface RunFlags {
   readonly readyFile?: string
   readonly readyDelay?: number
   readonly readyIdle?: number
+  readonly readyAgent?: boolean
   readonly readyTimeout?: number
 
   readonly warmupHttp?: readonly string[]
@@ -39,6 +42,7 @@ export interface RunFlags {
 
   readonly engine?: 'auto' | 'criu' | 'spawn'
   readonly memory?: 'auto' | 'cow' | 'copy'
+  readonly identity?: 'fresh' | 'namespace'
   readonly tty?: boolean
   readonly afterCheckpoint?: 'continue' | 'end'
   readonly bootTimeout?: number
@@ -46,6 +50,8 @@ export interface RunFlags {
   readonly stopTimeout?: number
   readonly checkpointTimeout?: number
   readonly forkTimeout?: number
+  readonly agent?: boolean
+  readonly hookTimeout?: number
 
   readonly poolSize?: number
   readonly maxParked?: number
@@ -61,7 +67,15 @@ export interface RunFlags {
 }
 
 /** The kinds of readiness: one of them, or none. */
-const READY_FLAGS = ['ready-output', 'ready-port', 'ready-http', 'ready-file', 'ready-delay', 'ready-idle']
+const READY_FLAGS = [
+  'ready-output',
+  'ready-port',
+  'ready-http',
+  'ready-file',
+  'ready-delay',
+  'ready-idle',
+  'ready-agent',
+]
 
 /** Adds the flags to the command. */
 export function addRunFlags(command: Command): Command {
@@ -81,6 +95,7 @@ export function addRunFlags(command: Command): Command {
   add('--cwd <directory>', 'where the command is started (default: here)')
   add('--env <key=value>', 'sets a variable for the command; may be repeated', collectEnv)
   add('--declared-env <key>', 'a variable that a generation depends on; may be repeated', collect)
+  add('--secret <key>', 'a variable that forks get and the template does not; may be repeated', collect)
   add('--user <user>', 'runs the command as this user; only root can')
   add('--group <group>', 'and as this group')
 
@@ -95,6 +110,7 @@ export function addRunFlags(command: Command): Command {
   ready('--ready-file <file>', 'ready when the file appears')
   ready('--ready-delay <time>', 'ready after that time', parseDuration)
   ready('--ready-idle <time>', 'ready when it was idle for that time (default: 1s)', parseDuration)
+  ready('--ready-agent', 'ready when the program says so through its agent')
   add('--ready-timeout <time>', 'how long that may take (default: the boot time-out)', parseDuration)
 
   command.addOption(
@@ -109,6 +125,10 @@ export function addRunFlags(command: Command): Command {
 
   choose('--engine <engine>', 'what forks: criu restores, spawn starts anew (default: auto)', ['auto', 'criu', 'spawn'])
   choose('--memory <mode>', 'children share memory (cow) or copy it (default: auto)', ['auto', 'cow', 'copy'])
+  choose('--identity <mode>', 'ids of their own (fresh, the default), or those of the template (namespace)', [
+    'fresh',
+    'namespace',
+  ])
   command.option('-t, --tty', 'boots the command on a terminal, and gives each fork one of its own')
   choose('--after-checkpoint <what>', 'what the template does then (default: continue)', ['continue', 'end'])
   add('--boot-timeout <time>', 'from the start to readiness (default: 1m)', parseDuration)
@@ -116,6 +136,9 @@ export function addRunFlags(command: Command): Command {
   add('--stop-timeout <time>', 'from SIGTERM to SIGKILL (default: 5s)', parseDuration)
   add('--checkpoint-timeout <time>', 'how long a checkpoint may take (default: 2m)', parseDuration)
   add('--fork-timeout <time>', 'how long a restore may take (default: 10s)', parseDuration)
+
+  command.option('--no-agent', 'gives Node, Python and Ruby programs no agent')
+  add('--hook-timeout <time>', 'how long hooks of the program may take (default: 10s)', parseDuration)
 
   add('--pool-size <n>', 'how many children are kept parked (default: 1)', parseCount)
   add('--max-parked <time>', 'children that are parked for longer are replaced (default: 1m)', parseDuration)
@@ -140,16 +163,6 @@ export function addRunFlags(command: Command): Command {
 }
 
 const camelCase = (flag: string) => flag.replace(/-(.)/g, (_, letter: string) => letter.toUpperCase())
-
-function collect(text: string, before: readonly string[] = []): string[] {
-  return [...before, text]
-}
-
-function collectEnv(text: string, before: Readonly<Record<string, string>> = {}): Record<string, string> {
-  const equals = text.indexOf('=')
-  if (equals <= 0) throw new InvalidArgumentError('Write it as KEY=VALUE.')
-  return { ...before, [text.slice(0, equals)]: text.slice(equals + 1) }
-}
 
 /** `/like this/i` is a regular expression, all else a text. A path in slashes has to be written as one. */
 function parsePattern(text: string): RegExp | string {
@@ -178,6 +191,7 @@ export function supervisorOptions(command: readonly [string, ...string[]], flags
     restTimeoutMs: flags.restTimeout,
     stopTimeoutMs: flags.stopTimeout,
     tty: flags.tty,
+    secrets: flags.secret,
   })
   const pool = defined<PoolOptions>({
     size: flags.poolSize,
@@ -201,8 +215,11 @@ export function supervisorOptions(command: readonly [string, ...string[]], flags
       warmup: warmup(flags),
       engine: flags.engine,
       memory: flags.memory,
+      identity: flags.identity,
       checkpointTimeoutMs: flags.checkpointTimeout,
       forkTimeoutMs: flags.forkTimeout,
+      agent: flags.agent === false ? false : undefined,
+      hookTimeoutMs: flags.hookTimeout,
       orphans: flags.orphans,
       store: flags.store,
       runtimeDirectory: flags.runtimeDirectory,
@@ -217,13 +234,14 @@ export function supervisorOptions(command: readonly [string, ...string[]], flags
 
 function ready(flags: RunFlags): ReadyOption | undefined {
   const timed = defined({ timeoutMs: flags.readyTimeout })
-  const { readyOutput, readyPort, readyHttp, readyFile, readyDelay, readyIdle } = flags
+  const { readyOutput, readyPort, readyHttp, readyFile, readyDelay, readyIdle, readyAgent } = flags
   if (readyOutput !== undefined) return { output: readyOutput, ...defined({ stream: flags.readyStream }), ...timed }
   if (readyPort !== undefined) return { ...readyPort, ...timed }
   if (readyHttp !== undefined) return { http: readyHttp, ...timed }
   if (readyFile !== undefined) return { file: readyFile, ...timed }
   if (readyDelay !== undefined) return { delayMs: readyDelay, ...timed }
   if (readyIdle !== undefined) return { idleMs: readyIdle, ...timed }
+  if (readyAgent) return { agent: true, ...timed }
   return flags.readyTimeout === undefined ? undefined : { idleMs: 1_000, ...timed }
 }
 

@@ -1,13 +1,14 @@
 /** What the methods of the control socket do, on a supervisor. It knows the public API of the supervisor, and no socket. */
 import { closeSync } from 'node:fs'
 import { isatty } from 'node:tty'
+import type { ForkInput } from '../agents/group.js'
 import type { Child, ChildStats } from '../child.js'
 import type { GenerationInfo, StdioFds } from '../engines/engine.js'
 import { WarmforkError } from '../errors.js'
 import type { StopOptions, Supervisor } from '../supervisor.js'
 import type { TerminalSize } from '../terminal.js'
 import { takeStdio } from './client-stdio.js'
-import type { GenerationStatus, Status } from './protocol.js'
+import type { ForkInputParams, GenerationStatus, Status } from './protocol.js'
 import type { Caller, Handlers } from './server.js'
 import type { TerminalLink } from './terminal-link.js'
 
@@ -26,7 +27,7 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
   return {
     status: async () => statusOf(await controlled.created, controlled.version),
 
-    async fork({ tty }, caller, request) {
+    async fork({ tty, input }, caller, request) {
       // Signals that come before the child does wait for it.
       const waiting: NodeJS.Signals[] = []
       let child: Child | undefined
@@ -43,14 +44,14 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
       try {
         const supervisor = await until(caller.signal, controlled.started)
         if (tty) {
-          const on = await forkOnTerminal(supervisor, caller, tty)
+          const on = await forkOnTerminal(supervisor, caller, tty, forkInput(input))
           child = on.child
           if (size && size !== tty) child.terminal.resize(size.columns, size.rows)
           request.emit({ pid: child.pid, generation: child.generation })
           for (const signal of waiting) child.kill(signal)
           return await linked(caller, child, on.link)
         }
-        child = await forkOn(supervisor, caller)
+        child = await forkOn(supervisor, caller, forkInput(input))
         request.emit({ pid: child.pid, generation: child.generation })
         for (const signal of waiting) child.kill(signal)
         return await outlivingNot(caller, child)
@@ -74,17 +75,22 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
   }
 }
 
-async function forkOn(supervisor: Supervisor, caller: Caller): Promise<Child> {
+function forkInput({ env, ...input }: ForkInputParams = {}): ForkInput {
+  if (!env) return input
+  return { ...input, env: Object.fromEntries(Object.entries(env).map(([key, value]) => [key, value ?? undefined])) }
+}
+
+async function forkOn(supervisor: Supervisor, caller: Caller, input: ForkInput): Promise<Child> {
   const stdio = stdioOf(caller)
   try {
-    return await supervisor.fork({ stdio, signal: caller.signal })
+    return await supervisor.fork({ stdio, signal: caller.signal, ...input })
   } finally {
     for (const fd of stdio) closeSync(fd)
   }
 }
 
 /** A child on a terminal of its own, linked to that of the client. */
-async function forkOnTerminal(supervisor: Supervisor, caller: Caller, tty: TerminalSize) {
+async function forkOnTerminal(supervisor: Supervisor, caller: Caller, tty: TerminalSize, given: ForkInput) {
   const [input, output, errors] = stdioOf(caller)
   closeSync(errors)
   let child: Child | undefined
@@ -100,7 +106,7 @@ async function forkOnTerminal(supervisor: Supervisor, caller: Caller, tty: Termi
     }
     // Loaded here, since it does not load anywhere else than on Linux.
     const { TerminalLink } = await import('./terminal-link.js')
-    child = await supervisor.fork({ tty, signal: caller.signal })
+    child = await supervisor.fork({ tty, signal: caller.signal, ...given })
     return { child, link: new TerminalLink(child.terminal, input, output) }
   } catch (error) {
     child?.terminal.close()

@@ -73,6 +73,15 @@ export interface Status {
   readonly warnings: readonly WarningStatus[]
 }
 
+/** What a fork is given, for its program's agent. */
+export interface ForkInputParams {
+  readonly args?: readonly string[]
+  /** `null` removes a variable. */
+  readonly env?: Readonly<Record<string, string | null>>
+  readonly cwd?: string
+  readonly data?: unknown
+}
+
 /** The methods: what each takes, tells meanwhile and gives. */
 export interface Methods {
   status: { params: Record<string, never>; event: never; result: Status }
@@ -81,7 +90,11 @@ export interface Methods {
    * connection ends before that, the child gets SIGHUP. With `tty` the child has a terminal of its own, of that size, whose other
    * side is the client's terminal (its 0 and 1); from the event on, the client's is to be in raw mode.
    */
-  fork: { params: { tty?: TerminalSize }; event: { pid: number; generation: number }; result: ExitStatus }
+  fork: {
+    params: { tty?: TerminalSize; input?: ForkInputParams }
+    event: { pid: number; generation: number }
+    result: ExitStatus
+  }
   /** Sends a signal to the child of a `fork` that was asked for on this connection; it waits for a child that is not there yet. */
   signal: { params: { request: number; signal: NodeJS.Signals }; event: never; result: { delivered: boolean } }
   /** Gives the terminal of the child of a `fork` another size. */
@@ -97,10 +110,12 @@ export const PARAMS: {
 } = {
   status: (params) => (hasOnly(params) ? {} : undefined),
   fork: (params) => {
-    const { tty } = params
-    if (!hasOnly(params, 'tty')) return undefined
-    if (tty === undefined) return {}
-    return isObject(tty) && hasOnly(tty, 'columns', 'rows') && isSize(tty) ? { tty } : undefined
+    const { tty, input } = params
+    if (!hasOnly(params, 'tty', 'input')) return undefined
+    if (input !== undefined && !isInput(input)) return undefined
+    const given = input === undefined ? {} : { input }
+    if (tty === undefined) return given
+    return isObject(tty) && hasOnly(tty, 'columns', 'rows') && isSize(tty) ? { tty, ...given } : undefined
   },
   signal: (params) => {
     const { request, signal } = params
@@ -134,6 +149,19 @@ export const PASSED_SIGNALS = [
 ] as const satisfies NodeJS.Signals[]
 
 const isSignal = (value: unknown): value is NodeJS.Signals => (PASSED_SIGNALS as readonly unknown[]).includes(value)
+
+function isInput(value: unknown): value is ForkInputParams {
+  if (!isObject(value) || !hasOnly(value, 'args', 'env', 'cwd', 'data')) return false
+  const { args = [], env = {}, cwd = '' } = value
+  const isText = (text: unknown) => typeof text === 'string'
+  return (
+    Array.isArray(args) &&
+    args.every(isText) &&
+    isObject(env) &&
+    Object.values(env).every((text) => text === null || isText(text)) &&
+    isText(cwd)
+  )
+}
 
 function isSize(size: { columns?: unknown; rows?: unknown }): size is TerminalSize {
   const isCells = (value: unknown) => Number.isInteger(value) && (value as number) >= 1 && (value as number) <= 65_535
