@@ -27,6 +27,8 @@ export type {
   WarmupFunction,
   WarmupOption,
 } from './options.js'
+export type { DescriptorKind, DescriptorPolicy } from './descriptors/kinds.js'
+export type { DescriptorPolicies } from './descriptors/policies.js'
 export type { PoolState } from './pool.js'
 export {
   type StartOptions,
