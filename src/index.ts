@@ -1,5 +1,7 @@
 /** The public API: re-exports only. */
 export { Child, type ChildEvents, type ChildState, type ChildStats, type EndOptions } from './child.js'
+export type { DescriptorKind, DescriptorPolicy } from './descriptors/kinds.js'
+export type { DescriptorPolicies } from './descriptors/policies.js'
 export type { EngineName, GenerationInfo, IdentityMode, MemoryMode } from './engines/engine.js'
 export { ERROR_CODES, type ErrorCode, type ErrorDetails, WarmforkError } from './errors.js'
 export type { ForkRequest } from './fork-request.js'
@@ -27,8 +29,6 @@ export type {
   WarmupFunction,
   WarmupOption,
 } from './options.js'
-export type { DescriptorKind, DescriptorPolicy } from './descriptors/kinds.js'
-export type { DescriptorPolicies } from './descriptors/policies.js'
 export type { PoolState } from './pool.js'
 export {
   type StartOptions,

@@ -5,7 +5,7 @@ import { fileURLToPath } from 'node:url'
 import { beforeAll, describe, expect, test } from 'vitest'
 import { children, descendants, isAlive, isEnding, stat, threadIds } from '../src/linux/proc.js'
 import type { SupervisorOptions } from '../src/options.js'
-import { ask, eventually, PROGRAMS } from './engines-under-test.js'
+import { ask, eventually, PROGRAMS, usePlace } from './engines-under-test.js'
 import { useCleanPlace } from './leftovers.js'
 import { compileC } from './runtimes/compile.js'
 import { SupervisorProcess } from './supervisor-process.js'
@@ -14,6 +14,13 @@ const IDENTITY = fileURLToPath(new URL('fixtures/identity/', import.meta.url))
 const FAMILY: SupervisorOptions['command'] = [process.execPath, join(PROGRAMS, 'family.mjs'), '1']
 /** Isolated, so that no agent is loaded. */
 const ASYNCIO: SupervisorOptions['command'] = ['/usr/bin/python3', '-I', join(IDENTITY, 'asyncio-app.py')]
+
+/** Its own agent. */
+const MINI: SupervisorOptions['command'] = [
+  '/usr/bin/python3',
+  '-I',
+  fileURLToPath(new URL('fixtures/agents/mini.py', import.meta.url)),
+]
 
 const isRoot = process.getuid?.() === 0
 const hasPython = spawnSync('/usr/bin/python3', ['--version']).status === 0
@@ -231,6 +238,34 @@ describe.skipIf(!isRoot)("forks with `identity: 'namespace'`", () => {
     process.kill(pid, 'SIGKILL')
     await eventually(() => isEnding(init), 'its init ends with it')
     await place.current.swept()
+  })
+})
+
+describe.skipIf(!isRoot || !hasPython)('forks that a program in a pid namespace asks for', () => {
+  const place = usePlace('criu')
+
+  test('have those ids again, three deep', async () => {
+    const supervisor = await place.current.start({
+      identity: 'namespace',
+      command: MINI,
+      ready: { agent: true },
+      pool: { size: 1 },
+    })
+    const { pid } = supervisor.template!
+    let current = await supervisor.fork()
+    for (let depth = 1; depth <= 3; depth++) {
+      await current.ready
+      const known = new Set(supervisor.children)
+      current.send({ do: `say {"type":"fork","id":${depth}}` })
+      await eventually(() => supervisor.children.some((one) => !known.has(one)), `fork ${depth} is there`)
+      current = supervisor.children.find((one) => !known.has(one))!
+    }
+    await current.ready
+    const answer = new Promise((resolve) => current.once('message', resolve))
+    current.send({ do: 'state' })
+    expect(await answer).toMatchObject({ pid, forked: { pid, call: 3, threads: { [pid]: pid } } })
+    expect(new Set(supervisor.children.map((child) => namespaces(child.pid).join())).size).toBe(4)
+    await current.end()
   })
 })
 

@@ -85,6 +85,7 @@ describe('the packed package', () => {
       'docs/errors.md',
       'native/prebuilt/linux-x64/libwarmfork-shim.so',
       'native/prebuilt/linux-x64/warmfork-guard',
+      'native/prebuilt/linux-x64/warmfork-init',
     ]
     expect(needed.filter((path) => !paths().includes(path))).toEqual([])
   })

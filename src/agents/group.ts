@@ -40,7 +40,7 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
     for (const channel of channels) {
       const socket = new Socket({ fd: channel.fd, readable: true, writable: true })
       const { worker: _worker, parked, checkpoint: _checkpoint, ...about } = channel.source.agent
-      const link = new AgentLink(socket, { type: 'hello', protocol: 1, ...about, pid: channel.pid })
+      const link = new AgentLink(socket, { type: 'hello', protocol: 1, ...about, pid: channel.hostPid })
       // It was not in its read at the checkpoint, and does not know that it is a fork: it sees the connection closed.
       if (!parked) {
         link.close()
@@ -67,7 +67,7 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
         checkpoint: link.checkpointId,
       }
       const source = { pid, inode: 0, agent: record }
-      this.#forked.push({ link, channel: { source, pid, ppid: 0, threads: new Map(), fd: -1 } })
+      this.#forked.push({ link, channel: { source, hostPid: pid, pid, ppid: 0, threads: new Map(), fd: -1 } })
     }
     return this
   }

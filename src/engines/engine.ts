@@ -55,7 +55,9 @@ export interface SourceChannel {
 /** What a fork has in place of a `SourceChannel`. */
 export interface ForkedChannel {
   readonly source: SourceChannel
-  /** The process of the fork, and its parent, by the ids that they themselves see; 0 where the parent is in another namespace. */
+  /** The process of the fork, by the id that it has outside of its pid namespace. */
+  readonly hostPid: number
+  /** The same process, and its parent, by the ids that they themselves see; 0 where the parent is in another namespace. */
   readonly pid: number
   readonly ppid: number
   /** Fresh ids of the process's threads, by those in the source. */

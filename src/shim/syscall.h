@@ -50,6 +50,7 @@ enum {
   SYS_unshare = 272,
   SYS_signalfd4 = 289,
   SYS_prlimit64 = 302,
+  SYS_setns = 308,
   SYS_execveat = 322,
   SYS_mlock2 = 325,
   SYS_pkey_alloc = 330,

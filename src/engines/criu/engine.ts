@@ -33,7 +33,7 @@ import type { Range } from '../../image/edits/wipe.js'
 import { ImageSet } from '../../image/image-set.js'
 import { prepare } from '../../image/prepare.js'
 import { pidfdGetfd, pidfdOpen } from '../../linux/libc.js'
-import { mappingsWithFlags, memoryUse, processTree } from '../../linux/proc.js'
+import { mappingsWithFlags, memoryUse, namespacePid, processTree } from '../../linux/proc.js'
 import type {
   CheckpointOptions,
   Engine,
@@ -51,7 +51,7 @@ import { CriuForkSource } from './fork-source.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
 import { encodeWiped, Lineage } from './lineage.js'
 import { chooseMemory } from './memory-choice.js'
-import { PidNamespace } from './namespace.js'
+import { enterNamespaceOf, PidNamespace, requireInit } from './namespace.js'
 import { forkError } from './restorer.js'
 import { hasFileCapabilities, requireRights } from './rights.js'
 import { remakePaths, type SharedPath, sharedPaths } from './shared-paths.js'
@@ -127,7 +127,10 @@ export class CriuEngine implements Engine {
   /** Throws CRIU_MISSING, CRIU_TOO_OLD, CRIU_RIGHTS, and what `Store.open` throws. */
   static async open(options: CriuEngineOptions): Promise<CriuEngine> {
     const criu = findCriu(options.criu === undefined ? {} : { criu: options.criu })
-    requireRights(criu.source !== 'private' && process.getuid?.() !== 0 && hasFileCapabilities(criu))
+    // In a pid namespace of its own criu is started by a program that needs rights of ours.
+    const needsOurs = options.identity === 'namespace'
+    if (needsOurs) requireInit()
+    requireRights(!needsOurs && criu.source !== 'private' && process.getuid?.() !== 0 && hasFileCapabilities(criu))
     const launcher = await Launcher.prepare(criu, options.env, options.registry, options.worker)
     const store = await Store.open({
       name: options.name,
@@ -205,6 +208,10 @@ export class CriuEngine implements Engine {
       throw new WarmforkError('CHECKPOINT_FAILED', { tried, happened: 'it has ended' })
     }
     const pids = tree.map(({ pid }) => pid)
+    // As criu sees them, which works where the source lives.
+    const inside = new Map(pids.map((pid) => [pid, namespacePid(pid) ?? pid]))
+    const outside = new Map([...inside].map(([pid, id]) => [id, pid]))
+    const idOf = (pid: number) => inside.get(pid) ?? pid
     // A program that does not survive a criu that is killed leaves its children without a parent by which they could be found.
     for (const pid of pids) this.#launcher.track(pid)
     const memory = chooseMemory(pids, options.memory, (pid) => tree.find((one) => one.pid === pid)!.comm)
@@ -212,16 +219,17 @@ export class CriuEngine implements Engine {
     const wipe = this.#recordsWipeOnFork
       ? new Map<number, Range[]>()
       : wipedRanges(pids, lineage?.wiped(source.forkedPids ?? [source.pid]))
+    const wipedInside = new Map([...wipe].map(([pid, ranges]) => [idOf(pid), ranges]))
     const inherited = new Set([...source.stdioInodes.map(Number), ...source.channels.map(({ inode }) => inode)])
     const open = surveyTree(pids).filter(({ inode }) => inode === undefined || !inherited.has(inode))
     const plan = planDescriptors(open, options.descriptors ?? {}, `checkpoint ${source.command.join(' ')}`)
     // For CRIU, a connection to the outside needs leave; for one within the tree that says nothing.
     const unixSockets = open.flatMap(({ kind, inode }) => (kind.startsWith('unix-') && inode ? [inode] : []))
     const { frozenMs } = await dump({
-      argv: this.#launcher.argv,
+      argv: [...enterNamespaceOf(source.pid), ...this.#launcher.argv],
       env: this.#launcher.env,
       unprivileged: this.#launcher.unprivileged,
-      pid: source.pid,
+      pid: idOf(source.pid),
       command: source.command,
       directory: draft.scratchDirectory,
       external: [
@@ -236,7 +244,8 @@ export class CriuEngine implements Engine {
     options.signal?.throwIfAborted()
     const before = performance.now()
     const set = ImageSet.read(draft.scratchDirectory)
-    const detached = { inherited, disconnected: plan.disconnected, closed: plan.closed }
+    const closed = plan.closed.map(({ pid, fd }) => ({ pid: idOf(pid), fd }))
+    const detached = { inherited, disconnected: plan.disconnected, closed }
     takeSockets(pids, findListeners(set, detached))
     options.onSourceFree?.()
     const renamed = lineage?.originals(set) ?? new Map<string, string>()
@@ -245,11 +254,11 @@ export class CriuEngine implements Engine {
       image: set,
       target: draft.imageDirectory,
       pageFile: { write: join(draft.directory, pageFile), map: join(draft.finalDirectory, pageFile) },
-      isShared: memory.isShared,
+      isShared: (id) => memory.isShared(outside.get(id) ?? id),
       inherited: lineage?.pageFiles ?? [],
       renamed,
       detach: detached,
-      wipe,
+      wipe: wipedInside,
       keepsIds: this.#options.identity === 'namespace',
     })
     options.signal?.throwIfAborted()
@@ -258,7 +267,7 @@ export class CriuEngine implements Engine {
       listeners: prepared.listeners.map((listener) => ({ ...listener, address: [...listener.address] })),
       // Made again by us, in directories that are another user's: that could be led astray.
       paths: this.#launcher.hasOtherWorker ? [] : sharedPaths(set),
-      channels: [...source.channels],
+      channels: source.channels.map((channel) => ({ ...channel, pid: idOf(channel.pid) })),
       terminal: prepared.terminal,
       reconnected: prepared.reconnected.map((address) => [...address]),
     }
@@ -282,7 +291,7 @@ export class CriuEngine implements Engine {
         channels: data.channels.map((channel) => ({ ...channel, agent: { ...channel.agent } })),
         terminal: data.terminal.map((description) => ({ ...description })),
         reconnected: data.reconnected,
-        wiped: encodeWiped(wipe).map(({ pid, ranges }) => ({ pid, ranges })),
+        wiped: encodeWiped(wipedInside).map(({ pid, ranges }) => ({ pid, ranges })),
       },
       checkpointMs: frozenMs,
       prepareMs: Math.round(performance.now() - before),

@@ -260,7 +260,12 @@ export class CriuForkSource implements ForkSource {
     return image.pids.map((pid) => renamed.get(pid)!)
   }
 
-  #channelsOf(image: ForkImage, fresh: readonly number[], fds: readonly number[]): ForkedChannel[] {
+  #channelsOf(
+    image: ForkImage,
+    fresh: readonly number[],
+    pids: readonly number[],
+    fds: readonly number[],
+  ): ForkedChannel[] {
     const renamed = this.#freshIds(image, fresh)
     const processes = new Map(image.processes.map((process) => [process.pid, process]))
     return this.#options.channels.map((source, index) => {
@@ -268,6 +273,7 @@ export class CriuForkSource implements ForkSource {
       const { ppid, threads } = processes.get(pid)!
       return {
         source,
+        hostPid: pids[image.pids.indexOf(pid)]!,
         pid: renamed.get(pid)!,
         // The root's parent is this process: it is restored as our child, and does not see us from inside a namespace.
         ppid: renamed.get(ppid) ?? (this.#keepsIds ? 0 : process.pid),
@@ -321,7 +327,7 @@ export class CriuForkSource implements ForkSource {
       for (const fd of [...(pipes ?? []), ...(master === undefined ? [] : [master]), ...fds]) closeSync(fd)
       throw forkError(error)
     }
-    const channels = this.#channelsOf(image, fresh, fds)
+    const channels = this.#channelsOf(image, fresh, pids, fds)
     const terminal = master === undefined ? undefined : new Terminal(master)
     const stopped = pids.filter((_, index) => image.processes[index]?.stopped)
     return new RestoredProcess(pid, pids, stopped, pipes, terminal, channels, generation.number, namespace, () => {

@@ -3,6 +3,7 @@
  * that it had. It knows namespaces and processes, and nothing of forks, images or pools. A static binary without libc.
  *
  *   warmfork-init CONTROL CRIU ROOT COMMAND...
+ *   warmfork-init enter PID COMMAND...   runs a command in the pid and mount namespaces of a process, and ends as it ends
  *
  * CONTROL: a descriptor, one end of a stream socket pair. The ids of the first process and of criu, as the starter sees
  *   them, are written to it (two 32-bit numbers; the second is -errno where criu could not be started). Then one byte
@@ -26,6 +27,8 @@ enum {
   MS_REC_SLAVE_ = 0x4000 | 1 << 19,
   POLLIN_ = 1,
   SIGCHLD_ = 17,
+  SIGKILL_ = 9,
+  PR_SET_PDEATHSIG_ = 1,
   WNOHANG_WALL_ = 1 | 0x40000000,
   PATH_BYTES = 4096,
   LOOK_AGAIN_MS = 1000,
@@ -161,7 +164,42 @@ static int restore(long control, long id, char **command, char **environment) {
   return 127;
 }
 
+/* ---- a command in the namespaces of another -------------------------------------------------------------------- */
+
+static long enter(const char *pid, const char *kind) {
+  char path[64] = "/proc/";
+  size_t length = length_of(pid);
+  if (length > 12) return -EINVAL_;
+  copy_bytes(path + 6, pid, length);
+  copy_bytes(path + 6 + length, kind, length_of(kind) + 1);
+  long fd = raw(SYS_openat, AT_FDCWD_, (long)path, O_CLOEXEC_, 0, 0, 0);
+  if (failed(fd)) return fd;
+  long result = raw(SYS_setns, fd, 0, 0, 0, 0, 0);
+  raw(SYS_close, fd, 0, 0, 0, 0, 0);
+  return result;
+}
+
+static int run_inside(const char *pid, char **command, char **environment) {
+  /* /proc is the namespace's own once the mounts are. */
+  long result = enter(pid, "/ns/pid");
+  if (!failed(result)) result = enter(pid, "/ns/mnt");
+  if (failed(result)) return fail("enter the namespaces of a process", result), 1;
+  long child = raw(SYS_clone, SIGCHLD_, 0, 0, 0, 0, 0);
+  if (failed(child)) return fail("start a process in a pid namespace", child), 1;
+  if (child == 0) {
+    raw(SYS_prctl, PR_SET_PDEATHSIG_, SIGKILL_, 0, 0, 0, 0);
+    fail("execute the command", execute(command, environment));
+    return 127;
+  }
+  int status = 0;
+  while (raw(SYS_wait4, child, (long)&status, 0x40000000, 0, 0, 0) == -EINTR_) {
+  }
+  return status & 0x7f ? 128 + (status & 0x7f) : status >> 8 & 0xff;
+}
+
 __attribute__((used)) int begin(long count, char **arguments) {
+  if (count >= 4 && same_text(arguments[1], "enter"))
+    return run_inside(arguments[2], arguments + 3, arguments + count + 1);
   if (count < 5) {
     write_words("usage: warmfork-init CONTROL CRIU ROOT COMMAND..., started by a supervisor\n");
     return 2;

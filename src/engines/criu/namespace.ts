@@ -145,14 +145,19 @@ export class PidNamespace {
   }
 }
 
-/** Whether the init was built. */
-export function hasInit(): boolean {
-  return existsSync(builtInit)
+/** Throws CRIU_MISSING where the init was not built. */
+export function requireInit(): void {
+  if (existsSync(builtInit)) return
+  throw new WarmforkError('CRIU_MISSING', {
+    tried: 'fork into pid namespaces',
+    happened: `${builtInit} is missing`,
+    remedy: 'Install the package again, or build it: `node scripts/build-native.mjs`.',
+  })
 }
 
-/** Whether a process lives in another pid namespace than this one. */
-export function inOtherNamespace(pid: number): boolean {
-  return namespaceOf(pid) !== namespaceOf(process.pid)
+/** What is put before a command so that it runs where a process lives; nothing where that is no other pid namespace than ours. */
+export function enterNamespaceOf(pid: number): string[] {
+  return namespaceOf(pid) === namespaceOf(process.pid) ? [] : [builtInit, 'enter', String(pid)]
 }
 
 function namespaceOf(pid: number): string | undefined {
