@@ -329,7 +329,9 @@ export class CriuForkSource implements ForkSource {
     }
     const channels = this.#channelsOf(image, fresh, pids, fds)
     const terminal = master === undefined ? undefined : new Terminal(master)
-    const stopped = pids.filter((_, index) => image.processes[index]?.stopped)
+    // Where the root stood still too, somebody has stopped the tree for the checkpoint.
+    const isStopped = (index: number) => !image.processes[0]?.stopped && image.processes[index]?.stopped
+    const stopped = pids.filter((_, index) => isStopped(index))
     return new RestoredProcess(pid, pids, stopped, pipes, terminal, channels, generation.number, namespace, () => {
       // What it has started may outlive it; by its group the guard finds that at the end.
       for (const one of pids) if (!idInUse(one)) launcher.forget(one)
