@@ -19,7 +19,7 @@ interface Worker {
 interface Found {
   engine: string
   template: Worker & { jobsAtTheFork: number }
-  children: (Worker & { done: number; errors: string[] })[]
+  children: (Worker & { done: number; errors: string[]; retries: number })[]
 }
 
 const CHILDREN = 8
@@ -29,7 +29,7 @@ const SET_UP_MS = 300_000
 
 let store: string
 let mark: string
-let found: Record<'node' | 'python', Found>
+let found: Record<'node' | 'python' | 'python-hooks', Found>
 
 beforeAll(async () => {
   if (!existsSync(join(PROJECT, 'dist/index.js'))) throw new Error('dist is missing: run `npm run build` first')
@@ -51,6 +51,7 @@ afterAll(() => {
 describe.each([
   ['node', 'TCP', 2],
   ['python', "the server's Unix socket", 1],
+  ['python-hooks', "the server's Unix socket", 1],
 ] as const)('a %s program that is connected by %s', (name, _, connections) => {
   it('goes on with its own connections, without a job lost', () => {
     const { engine, template } = found[name]
@@ -71,4 +72,10 @@ describe.each([
     const all = [template, ...children].flatMap(({ connections }) => connections)
     expect(new Set(all).size).toBe(all.length)
   })
+})
+
+it('where hooks stop the work and drop the pool, no query meets a connection that has ended', () => {
+  const retries = (name: 'python' | 'python-hooks') => found[name].children.map(({ retries }) => retries)
+  expect(retries('python').filter((times) => times === 0)).toEqual([])
+  expect(retries('python-hooks').filter((times) => times > 0)).toEqual([])
 })

@@ -38,17 +38,13 @@ export function setUp() {
   if (missing.length === 0) return
   if (!asRoot || !existsSync('/usr/bin/apt-get'))
     throw new Error(`missing: ${missing.join(', ')}. Install them as root.`)
-  // Without the server that the package would start by itself: ours is another.
-  if (missing.includes('postgresql')) {
-    apt('update')
-    apt('install', '-y', '--no-install-recommends', 'postgresql-common')
-    execFileSync('sed', [
-      '-i',
-      's/^#\\?create_main_cluster.*/create_main_cluster = false/',
-      '/etc/postgresql-common/createcluster.conf',
-    ])
-  }
   apt('update')
+  if (missing.includes('postgresql')) {
+    // Without the server that the package would start by itself: ours is another.
+    apt('install', '-y', '--no-install-recommends', 'postgresql-common')
+    const settings = '/etc/postgresql-common/createcluster.conf'
+    execFileSync('sed', ['-i', 's/^#\\?create_main_cluster.*/create_main_cluster = false/', settings])
+  }
   apt('install', '-y', '--no-install-recommends', ...missing)
 }
 

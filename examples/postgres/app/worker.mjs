@@ -31,11 +31,13 @@ async function query(text, values) {
     } catch (error) {
       if (pid() !== sender) return undefined
       if (attempt > 2 || !ENDED.test(error.message)) throw error
+      retries++
     }
   }
 }
 
 let done = 0
+let retries = 0
 async function job() {
   const n = ++done
   const row = await query(
@@ -58,6 +60,8 @@ for await (const line of createInterface({ input: process.stdin })) {
   const results = await Promise.allSettled(Array.from({ length: Number(line.split(' ')[1]) }, job))
   const backends = new Set(results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : [])))
   const errors = results.flatMap((result) => (result.status === 'rejected' ? [String(result.reason)] : []))
-  console.log(JSON.stringify({ pid: pid(), done: results.length - errors.length, backends: [...backends], errors }))
+  console.log(
+    JSON.stringify({ pid: pid(), done: results.length - errors.length, backends: [...backends], errors, retries }),
+  )
 }
 await pool.end()

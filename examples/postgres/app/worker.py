@@ -1,7 +1,7 @@
 """The same worker as worker.mjs in Python, with psycopg2's pool. It does what stdin says: `jobs N`.
 
 psycopg2's pool hands out connections that have ended, so the program throws such a one away and takes another. With warmfork's agent
-the hook below drops them all in a fork before anything else runs there; without one it is never called.
+the hooks below see that nothing is under way at the checkpoint, and drop the pool in a fork; without an agent they are never called.
 """
 import json
 import os
@@ -18,42 +18,41 @@ except ImportError:
     warmfork = None
 
 
-def new_pool():
-    return psycopg2.pool.ThreadedConnectionPool(
-        1, 4, os.environ["DATABASE_URL"], application_name="python"
-    )
+pool = None
+pool_lock = threading.Lock()
+# Queries that were made again.
+retries = 0
 
 
-pool = new_pool()
-
-
-def in_fork():
+def current_pool():
     global pool
-    pool = new_pool()
-
-
-if warmfork:
-    warmfork.on_fork(in_fork)
+    with pool_lock:
+        if pool is None:
+            pool = psycopg2.pool.ThreadedConnectionPool(1, 4, os.environ["DATABASE_URL"], application_name="python")
+        return pool
 
 
 def query(text, values):
+    global retries
     sender = os.getpid()
     for attempt in (1, 2, 3):
-        connection = pool.getconn()
+        source = current_pool()
+        connection = source.getconn()
         try:
             with connection, connection.cursor() as cursor:
                 cursor.execute(text, values)
                 row = cursor.fetchone()
-            pool.putconn(connection)
+            source.putconn(connection)
             return row
         except (psycopg2.OperationalError, psycopg2.InterfaceError):
             # It has ended, as after a fork. What a fork sends on it no server sees, so it is made again. A query that was under way
             # at the checkpoint is another matter: the template gets its answer, and it must not be made twice.
-            pool.putconn(connection, close=True)
+            source.putconn(connection, close=True)
             if os.getpid() != sender:
                 return None
             if attempt == 3:
                 raise
+            retries += 1
 
 
 done = 0
@@ -79,21 +78,43 @@ def job():
 
 
 busy = threading.Event()
+at_work = threading.Lock()
 
 
-def tick():
-    while busy.is_set():
-        try:
-            job()
-        except psycopg2.Error as error:
-            print(error, file=sys.stderr, flush=True)
+def work():
+    while True:
+        busy.wait()
+        with at_work:
+            try:
+                if busy.is_set():
+                    job()
+            except psycopg2.Error as error:
+                print(error, file=sys.stderr, flush=True)
         time.sleep(0.02)
 
 
-job()
 if "--busy" in sys.argv:
     busy.set()
-    threading.Thread(target=tick, daemon=True).start()
+    threading.Thread(target=work, daemon=True).start()
+
+
+def rest():
+    """A thread that works would go on in each fork, before the hook there is done: so it stops at a place where nothing is in hand."""
+    busy.clear()
+    with at_work:
+        pass
+
+
+def leave_connections():
+    global pool
+    pool = None
+
+
+if warmfork:
+    warmfork.before_checkpoint(rest)
+    warmfork.after_checkpoint(busy.set)
+    warmfork.on_fork(leave_connections)
+
 print("ready", flush=True)
 
 for line in sys.stdin:
@@ -106,6 +127,14 @@ for line in sys.stdin:
         except Exception as error:
             errors.append(str(error))
     print(
-        json.dumps({"pid": os.getpid(), "done": count - len(errors), "backends": sorted(backends), "errors": errors}),
+        json.dumps(
+            {
+                "pid": os.getpid(),
+                "done": count - len(errors),
+                "backends": sorted(backends),
+                "errors": errors,
+                "retries": retries,
+            }
+        ),
         flush=True,
     )
