@@ -1,8 +1,9 @@
 import { spawnSync } from 'node:child_process'
-import { readdirSync, readFileSync, readlinkSync } from 'node:fs'
+import { chownSync, readdirSync, readFileSync, readlinkSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { beforeAll, describe, expect, test } from 'vitest'
+import { CRIU_CAPABILITIES } from '../src/engines/criu/rights.js'
 import { children, descendants, isAlive, isEnding, stat, threadIds } from '../src/linux/proc.js'
 import type { SupervisorOptions } from '../src/options.js'
 import { ask, eventually, PROGRAMS, usePlace } from './engines-under-test.js'
@@ -24,6 +25,10 @@ const MINI: SupervisorOptions['command'] = [
 
 const isRoot = process.getuid?.() === 0
 const hasPython = spawnSync('/usr/bin/python3', ['--version']).status === 0
+const NOBODY = 65534
+const AS_NOBODY = ['setpriv', `--reuid=${NOBODY}`, `--regid=${NOBODY}`, '--clear-groups']
+/** In a clone below a home that is closed to others, nobody can run what is tried here. */
+const isOpen = spawnSync(AS_NOBODY[0]!, [...AS_NOBODY.slice(1), 'cat', join(PROGRAMS, 'app.mjs')]).status === 0
 const wait = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms))
 
 /** The namespaces' first processes. */
@@ -167,7 +172,6 @@ describe.skipIf(!isRoot)("forks with `identity: 'namespace'`", () => {
   })
 
   test('belong to the user that was asked for', async () => {
-    const NOBODY = 65534
     const supervisor = await start({
       command: ['sh', '-c', 'echo ready; read word; id -u; id -g'],
       user: NOBODY,
@@ -238,6 +242,28 @@ describe.skipIf(!isRoot)("forks with `identity: 'namespace'`", () => {
     process.kill(pid, 'SIGKILL')
     await eventually(() => isEnding(init), 'its init ends with it')
     await place.current.swept()
+  })
+})
+
+describe.skipIf(!isRoot || !isOpen)('a supervisor that is not root', () => {
+  const place = usePlace('criu')
+  const start = (capabilities: string) => {
+    for (const path of [place.current.directory, place.current.runtimeDirectory]) chownSync(path, NOBODY, NOBODY)
+    const { env: _, ...options } = place.current.options({ identity: 'namespace', cwd: place.current.directory })
+    const wrapper = [...AS_NOBODY, `--inh-caps=-all${capabilities}`, `--ambient-caps=-all${capabilities}`]
+    const env = { [place.current.mark]: '1', HOME: place.current.directory }
+    return new SupervisorProcess(options, { wrapper, env })
+  }
+
+  test('and has the four capabilities forks into pid namespaces, and its children have none of them', async () => {
+    const supervisor = start(CRIU_CAPABILITIES.map((name) => `,+${name}`).join(''))
+    await supervisor.reached('running')
+    const pid = await supervisor.fork()
+    const { template } = await supervisor.state()
+    expect(await supervisor.ask(pid, 'pid')).toBe(String(template))
+    expect(readFileSync(`/proc/${pid}/status`, 'latin1')).toMatch(/^CapEff:\t0+$/m)
+    expect(namespaces(pid)[0]).not.toBe(namespaces(supervisor.pid)[0])
+    await supervisor.stop()
   })
 })
 

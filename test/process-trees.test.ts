@@ -3,7 +3,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { describe, expect, test } from 'vitest'
 import type { Child } from '../src/child.js'
-import { allPids, descendants, isAlive, processTree, stat, threadIds } from '../src/linux/proc.js'
+import { allPids, descendants, environment, isAlive, processTree, stat, threadIds } from '../src/linux/proc.js'
 import type { SupervisorOptions } from '../src/options.js'
 import { ask, eventually } from './engines-under-test.js'
 import { useCleanPlace } from './leftovers.js'
@@ -57,9 +57,10 @@ describe.skipIf(!isRoot || !hasPython).each(['fresh', 'namespace'] as const)(
       const forks = await Promise.all(Array.from({ length: 5 }, () => supervisor.fork()))
       const all = forks.flatMap((child) => processTree(child.pid).map(({ pid }) => pid))
       expect(new Set(all).size).toBe(50)
-      const strays = allPids().filter(
-        (pid) => stat(pid)?.comm === 'stray' && stat(pid)?.ppid !== supervisor.template!.pid,
-      )
+      const strays = allPids().filter((pid) => {
+        const ours = stat(pid)?.comm === 'stray' && environment(pid)?.includes(`${place.current.mark}=1`)
+        return ours && stat(pid)?.ppid !== supervisor.template!.pid
+      })
       expect(strays.map((pid) => stat(pid)?.state)).toEqual(forks.map(() => 'S'))
       // Signals inside reach the group, and nobody else's.
       for (const child of forks) expect(await ask(child, 'signal')).toBe('master worker1 worker2 worker3')
