@@ -9,9 +9,11 @@ import { createInterface } from 'node:readline'
 import { fileURLToPath } from 'node:url'
 import { beforeAll, describe, expect, test } from 'vitest'
 import type { SupervisorOptions } from '../src/options.js'
-import { ask } from './engines-under-test.js'
+import { CLI } from './cli-harness.js'
+import { ask, PROGRAMS } from './engines-under-test.js'
 import { useCleanPlace } from './leftovers.js'
 import { compileC } from './runtimes/compile.js'
+import { run } from './runtimes/runtime.js'
 
 const FIXTURES = fileURLToPath(new URL('fixtures/descriptors/', import.meta.url))
 
@@ -274,6 +276,25 @@ describe('a socket that is bound and does not listen yet', () => {
   })
 })
 
+test('a listener can be closed in the forks, also where it is watched: then the template alone serves', async () => {
+  let port = 0
+  const supervisor = await place.current.start({
+    command: [process.execPath, join(PROGRAMS, 'tcp-server.mjs')],
+    ready: { output: 'port' },
+    warmup: ({ output }) => {
+      port = Number(/port (\d+)/.exec(output)![1])
+    },
+    pool: { size: 0 },
+    descriptors: { 'tcp-listener': 'close' },
+  })
+  const [fork] = [await supervisor.fork(), await supervisor.fork()]
+  const answers = await Promise.all(
+    Array.from({ length: 20 }, async () => (await fetch(`http://127.0.0.1:${port}`)).text()),
+  )
+  expect(new Set(answers)).toEqual(new Set([String(supervisor.template!.pid)]))
+  expect(await ask(fork!, 'connections')).toBe('0')
+})
+
 describe('a pipe to a program outside', () => {
   test.each([
     ['pipe-in', 'read', 'end'],
@@ -389,6 +410,35 @@ describe('what cannot be checkpointed', () => {
       message: expect.stringContaining('criu says'),
     })
   })
+})
+
+test('`warmfork inspect` reports what a fork has instead of what', async () => {
+  const server = await listening(createServer(), inPlace('socket'))
+  try {
+    const supervisor = await hold('unix', inPlace('socket'))
+    const inspect = (...flags: string[]) =>
+      run(process.execPath, [
+        ...CLI.slice(1),
+        'inspect',
+        '--name',
+        supervisor.name,
+        '--store',
+        supervisor.store,
+        ...flags,
+      ])
+    expect(JSON.parse(await inspect('--json')).descriptors).toContainEqual({
+      pid: supervisor.template!.pid,
+      fd: 3,
+      kind: 'unix-connection',
+      target: `unix ${inPlace('socket')}`,
+      policy: 'close',
+    })
+    expect(await inspect()).toMatch(
+      /^What a fork has instead\nKIND +POLICY +PID:FD +TARGET\n(.*\n)*Unix connection to another program +close +\d+:3 +unix /m,
+    )
+  } finally {
+    server.close()
+  }
 })
 
 describe('the option `descriptors`', () => {
