@@ -1,8 +1,8 @@
 """One checkpoint, from the first hook until the program goes on, in the source or in a fork.
 
 What stops the program meanwhile:
-- Its main thread waits at a gate between two of its bytecodes, or comes to it from the call that it is in. So nothing of it runs before
-  the hooks of a fork are done, however long they wait for something.
+- Its main thread waits at a gate between two of its bytecodes, or comes to it from the call that it is in, a few bytecodes later at most.
+  So nothing of it runs before the hooks of a fork are done, however long they wait for something.
 - No thread runs Python while the agent is in its read, which is a C call that keeps the interpreter's lock (the GIL). A thread that comes
   for the lock meanwhile gets it when the agent waits for the first time: arguments and environment are right by then, the hooks are not
   done. A thread that was computing, or waiting for the lock, when the read began asks for it after 5 ms and can have it right after the
@@ -10,15 +10,19 @@ What stops the program meanwhile:
 - C code that does not need the lock runs on. Its threads are named to the supervisor. So are all threads where there is no lock to keep:
   in an interpreter without it, and in one without ctypes.
 """
+import json
 import os
 import sys
+import traceback
 from _signal import SIG_BLOCK, SIG_SETMASK, pthread_sigmask
+from _socket import MSG_NOSIGNAL
 from _thread import allocate_lock, get_ident, get_native_id, start_new_thread
 from errno import EAGAIN, EINTR
 from functools import partial
 from operator import methodcaller
 from time import monotonic, sleep
 
+# All that is needed is loaded here: at the gate the main thread can be in the middle of loading something, and hold its lock.
 from . import _identity
 from ._agent import AFTER, BEFORE, FOREIGN_SIGNALS, ON_FORK, parse
 
@@ -29,6 +33,7 @@ try:
     _libc = ctypes.PyDLL(None, use_errno=True)
     _libc.read.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
     _libc.read.restype = ctypes.c_ssize_t
+    _libc.send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
     _add_pending_call = ctypes.pythonapi.Py_AddPendingCall
     _add_pending_call.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     _is_true = ctypes.cast(ctypes.pythonapi.PyObject_IsTrue, ctypes.c_void_p)
@@ -42,6 +47,8 @@ CHUNK = 256 << 10
 SEED_BYTES = 32
 # Longer than any park: a thread that waits for the interpreter's lock asks for it after this time.
 LONG_S = 86_400.0
+# How long the main thread is waited for at the gate. It comes later as well, but some versions let it do a few more bytecodes then.
+ENTER_TIMEOUT_S = 0.001
 # What a lock can wait for is limited.
 MAX_TIMEOUT_S = 1_000_000.0
 
@@ -58,11 +65,14 @@ class Gate:
         self._agent = agent
         self._lock = None
         self._is_pending = False
+        self._entered = allocate_lock()
+        self._entered.acquire()
 
     def close(self):
         """The main thread stops before its next bytecodes from now on."""
         lock = allocate_lock()
         lock.acquire()
+        self._entered.acquire(False)
         self._lock = lock
         if ctypes is None or self._is_pending:
             return
@@ -70,6 +80,8 @@ class Gate:
         # All 32 places can be taken, by who does not know that they are called one after the other.
         for _ in range(100):
             if _add_pending_call(_is_true, id(self)) == 0:
+                # Where it computes it is here at once; where it waits for something it comes later, and would only take up time.
+                self._entered.acquire(True, ENTER_TIMEOUT_S)
                 return
             sleep(0.001)
         self._is_pending = False
@@ -81,6 +93,8 @@ class Gate:
 
     def __bool__(self):
         self._is_pending = False
+        if self._entered.locked():
+            self._entered.release()
         thrown = None
         while True:
             try:
@@ -112,8 +126,6 @@ class Gate:
 class HookFailure(Exception):
     def __init__(self, hook, error):
         super().__init__(str(error))
-        import traceback
-
         message = str(error)
         if not isinstance(error, Exception) or not message:
             message = "%s(%s)" % (type(error).__name__, message)
@@ -122,8 +134,6 @@ class HookFailure(Exception):
         self.stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
 
     def json(self):
-        import json
-
         members = {"message": self.message, "stack": self.stack}
         return json.dumps(members if self.hook is None else {"hook": self.hook, **members})
 
@@ -324,51 +334,45 @@ class Session:
         """Says it, and waits for the answer. None where there will be none."""
         if not connection.is_intact():
             return None
-        parked = '{"type":"parked","id":%d' % self._id
-        if threads:
-            import json
-
-            parked += ',"threads":' + json.dumps(threads)
+        members = ',"threads":' + json.dumps(threads) if threads else ""
+        parked = b'{"type":"parked","id":%d%s}\n' % (self._id, members.encode())
         # A read that a signal interrupts would let go of the lock before it is repeated.
         pthread_sigmask(SIG_BLOCK, FOREIGN_SIGNALS)
         try:
             os.set_blocking(connection.fd, True)
-            connection.send(parked + "}\n")
             if not connection.is_intact():
                 return None
-            return self._read(connection)
+            if ctypes is None:
+                connection.send(parked)
+                return self._read_message(connection, b"", lambda: os.read(connection.fd, CHUNK))
+            reader = _HoldingReader(connection.fd)
+            message = self._read_message(connection, reader.say_and_read(parked), reader.read)
+            if message is None or message["type"] != "forked":
+                reader.restore_random()
+            return message
         except OSError:
             return None
         finally:
             pthread_sigmask(SIG_SETMASK, self._agent.program_mask)
 
-    def _read(self, connection):
-        if ctypes is None:
-            return self._read_message(connection, lambda: os.read(connection.fd, CHUNK))
-        reader = _HoldingReader(connection.fd)
-        message = self._read_message(connection, reader.read)
-        if message is None or message["type"] != "forked":
-            reader.restore_random()
-        return message
-
-    def _read_message(self, connection, read):
+    def _read_message(self, connection, chunk, read):
         while True:
+            if chunk and connection.received and not connection.is_intact():
+                # A fork, and these were the first bytes of a line to the source.
+                connection.received = b""
+                connection.know()
+            connection.received += chunk
             line, end, rest = connection.received.partition(b"\n")
-            if end:
+            while end:
                 connection.received = rest
                 message = parse(line)
                 if message is None or message.get("type") in ("resumed", "forked"):
                     return message
                 self._deferred.append(message)
-                continue
+                line, end, rest = connection.received.partition(b"\n")
             chunk = read()
             if not chunk:
                 return None
-            if connection.received and not connection.is_intact():
-                # A fork, and these were the first bytes of a line to the source.
-                connection.received = b""
-                connection.know()
-            connection.received += chunk
 
     def _become(self, connection, message):
         """In a fork, before anybody else can run: up to the first thing here that lets go of the interpreter's lock."""
@@ -453,24 +457,31 @@ class _HoldingReader:
         self._random = getattr(sys.modules.get("random"), "_inst", None)
         self._state = None if self._random is None else self._random.getstate()
 
+    def say_and_read(self, line):
+        """Nothing runs from the moment on that the supervisor hears the line."""
+        return self._hold(partial(_libc.send, self._fd, line, len(line), MSG_NOSIGNAL))
+
     def read(self):
         """b"" at the end, and where it cannot be read."""
+        return self._hold(int)
+
+    def _hold(self, first):
         read = partial(_libc.read, self._fd, ctypes.addressof(self._buffer) + SEED_BYTES, CHUNK)
         # One call of C code, `map`, does all: the interpreter lets go of the lock only between bytecodes. Who comes for the lock during
         # the read will wait until we let go of it ourselves; but who asks later gets it as ever.
-        steps = [partial(sys.setswitchinterval, LONG_S), read, partial(sys.setswitchinterval, sys.getswitchinterval())]
-        if self._random is not None:
-            steps.append(self._seed())
+        interval = sys.getswitchinterval()
         while True:
-            _, length, *_ = map(_call, steps)
+            steps = [partial(sys.setswitchinterval, LONG_S), first, read, partial(sys.setswitchinterval, interval)]
+            if self._random is not None:
+                steps.append(self._seed())
+            _, _, length, *_ = map(_call, steps)
             if length >= 0:
                 return bytes(memoryview(self._buffer)[SEED_BYTES : SEED_BYTES + length])
             if ctypes.get_errno() == EAGAIN:
                 os.set_blocking(self._fd, True)
             elif ctypes.get_errno() != EINTR:
                 return b""
-            if self._random is not None:
-                steps[-1] = self._seed()
+            first = int
 
     def _seed(self):
         from _random import Random
