@@ -109,6 +109,53 @@ describe.skipIf(!isRoot || !hasPython).each(['fresh', 'namespace'] as const)(
       expect(workers.filter((pid) => !isAlive(pid))).toEqual([])
     })
 
+    test.runIf(identity === 'namespace')(
+      'has the pids that its root remembers, so that signals go where they are to',
+      async () => {
+        const supervisor = await start(MASTER)
+        const [one, other] = [await supervisor.fork(), await supervisor.fork()]
+        expect(await ask(one, 'remembered')).toBe('worker1')
+        expect(await ask(other, 'remembered')).toBe('worker1')
+      },
+    )
+
+    test.runIf(identity === 'namespace')('of a shell on a terminal has its job control', async () => {
+      const supervisor = await place.current.start({
+        command: ['bash', '--norc', '-i'],
+        env: { PS1: '$ ' },
+        template: { tty: true },
+        ready: { delayMs: 300 },
+        identity,
+        pool: { size: 0 },
+      })
+      const child = await supervisor.fork()
+      let screen = ''
+      child.terminal!.on('data', (chunk) => {
+        screen += chunk
+      })
+      const type = async (keys: string, seen: string) => {
+        screen = ''
+        child.terminal!.write(keys)
+        await eventually(() => screen.includes(seen), `${JSON.stringify(seen)} is shown`)
+      }
+      const [ctrlC, ctrlZ] = ['\x03', '\x1a']
+      const sleeping = (state: string) => () =>
+        descendants(child.pid).some((pid) => stat(pid)?.comm === 'sleep' && stat(pid)?.state === state)
+      await type('sleep 1000\r', 'sleep')
+      await eventually(sleeping('S'), 'it sleeps')
+      await type(ctrlC, '^C')
+      await type('echo status $?\r', 'status 130')
+      await type('sleep 1000\r', 'sleep')
+      await eventually(sleeping('S'), 'it sleeps')
+      await type(ctrlZ, 'Stopped')
+      await eventually(sleeping('T'), 'it is stopped')
+      await type('fg\r', 'sleep 1000')
+      await eventually(sleeping('S'), 'it sleeps again')
+      await type(ctrlC, '$ ')
+      child.terminal!.write('exit 5\r')
+      expect(await child.exit).toEqual({ code: 5, signal: null })
+    })
+
     test('whose root has ended is over for its supervisor; the rest lives until the stop, and no longer', async () => {
       const supervisor = await start(MASTER)
       const child = await supervisor.fork()
