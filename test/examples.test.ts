@@ -125,6 +125,6 @@ describe('embedding', () => {
   }, 120_000)
 })
 
-it('has each example tried here', () => {
-  expect(readdirSync(examples).sort()).toEqual(['embed', 'jruby', 'node-app'])
+it('has each example tried here, or in postgres.test.ts', () => {
+  expect(readdirSync(examples).sort()).toEqual(['embed', 'jruby', 'node-app', 'postgres'])
 })
