@@ -68,6 +68,12 @@ interface Answer {
 }
 
 type Run = (payload: ForkPayload) => unknown
+interface Call {
+  readonly kind: 'fork' | 'keep'
+  readonly settle: (message: Answer) => void
+  readonly run: Run | undefined
+}
+
 interface Hook<A extends unknown[]> {
   readonly name: string
   readonly run: (...args: A) => unknown
@@ -95,7 +101,7 @@ class Agent extends events.EventEmitter {
   readonly onFork: Hook<[ForkPayload]>[] = []
   payload: ForkPayload | undefined
   readonly #threads = new threads.Threads()
-  readonly #calls = new Map<number, { settle: (message: Answer) => void; run?: Run | undefined }>()
+  readonly #calls = new Map<number, Call>()
   readonly #children = new Map<number, events.EventEmitter>()
   #sequence = 0
   #socket: net.Socket | undefined
@@ -162,9 +168,9 @@ class Agent extends events.EventEmitter {
     })
   }
 
-  keep(): Promise<number> {
+  keep(run: Run | undefined): Promise<number> {
     return new Promise((resolve, reject) => {
-      this.#call('keep', {}, undefined, ({ generation, error }) => {
+      this.#call('keep', {}, run, ({ generation, error }) => {
         if (error || generation === undefined)
           return reject(new AgentError(error?.code ?? 'CHECKPOINT_FAILED', error?.message ?? 'no checkpoint came'))
         resolve(generation)
@@ -176,13 +182,13 @@ class Agent extends events.EventEmitter {
     if (this.#socket) this.#say({ type: 'drop', generation })
   }
 
-  #call(type: string, members: object, run: Run | undefined, settle: (message: Answer) => void): void {
+  #call(kind: 'fork' | 'keep', members: object, run: Run | undefined, settle: (message: Answer) => void): void {
     if (!this.#socket) throw noSupervisor()
     const id = ++this.#sequence
-    this.#calls.set(id, { settle, run })
+    this.#calls.set(id, { kind, settle, run })
     // Somebody waits for the answer.
     this.#socket.ref()
-    this.#say({ type, id, ...members })
+    this.#say({ type: kind, id, ...members })
   }
 
   #answered(id: number, message: Answer): void {
@@ -336,11 +342,16 @@ class Agent extends events.EventEmitter {
     }
   }
 
+  /** A fork of a kept checkpoint was asked for after that: the image knows only that the checkpoint was asked for. */
+  #openKeep(): Call | undefined {
+    return [...this.#calls.values()].find(({ kind }) => kind === 'keep')
+  }
+
   async #becomeFork(forked: Forked): Promise<void> {
     const { pid, timeoutMs, call } = forked
     Object.defineProperty(process, 'pid', { value: pid, configurable: true, enumerable: true })
     randomness.renew()
-    const run = call === undefined ? undefined : this.#calls.get(call)?.run
+    const run = call === undefined ? undefined : (this.#calls.get(call) ?? this.#openKeep())?.run
     // They are the source's: nobody in this process hears of them.
     this.#calls.clear()
     this.#children.clear()

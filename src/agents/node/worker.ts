@@ -39,7 +39,7 @@ export type Run = (payload: ForkPayload) => unknown
 /** A checkpoint of this process that stays: each fork of it costs a restore. `await using` drops it. */
 export interface WorkerCheckpoint extends AsyncDisposable {
   readonly generation: number
-  fork(options?: ForkOptions, run?: Run): Promise<WorkerChild>
+  fork(options?: ForkOptions): Promise<WorkerChild>
   /** Gives it back; its forks live on. */
   drop(): void
 }
@@ -76,7 +76,8 @@ export interface WarmforkWorker {
    */
   fork(options?: ForkOptions, run?: Run): Promise<WorkerChild>
   fork(run: Run): Promise<WorkerChild>
-  checkpoint(): Promise<WorkerCheckpoint>
+  /** `run` is called in each fork of it, where the promise never settles. */
+  checkpoint(run?: Run): Promise<WorkerCheckpoint>
   /** Sends bytes, or a value that JSON can have, to the user of the supervisor, or to the process that has forked this one. */
   send(data: unknown, to?: 'parent'): void
   on<E extends keyof WorkerEvents>(event: E, listener: WorkerEvents[E]): void
@@ -102,7 +103,7 @@ interface Agent {
     run: Run | undefined,
     generation?: number,
   ): Promise<{ pid: number; generation: number; events: NodeJS.EventEmitter }>
-  keep(): Promise<number>
+  keep(run: Run | undefined): Promise<number>
   drop(generation: number): void
   on(event: string, listener: (...args: never[]) => void): unknown
   off(event: string, listener: (...args: never[]) => void): unknown
@@ -170,12 +171,12 @@ export const worker: WarmforkWorker = {
   async fork(first: ForkOptions | Run = {}, run?: Run) {
     return typeof first === 'function' ? forked({}, first) : forked(first, run)
   },
-  async checkpoint() {
-    const generation = await main().keep()
+  async checkpoint(run) {
+    const generation = await main().keep(run)
     const drop = () => main().drop(generation)
     return {
       generation,
-      fork: (options = {}, run) => forked(options, run, generation),
+      fork: (options = {}) => forked(options, undefined, generation),
       drop,
       [Symbol.asyncDispose]: async () => drop(),
     }
