@@ -86,13 +86,18 @@ describe('the packed package', () => {
       'native/prebuilt/linux-x64/libwarmfork-shim.so',
       'native/prebuilt/linux-x64/warmfork-guard',
       'native/prebuilt/linux-x64/warmfork-init',
+      'dist/agents/node/agent.cjs',
+      'dist/agents/node/worker.js',
+      'src/agents/python/sitecustomize.py',
+      'src/agents/python/warmfork/__init__.py',
+      'src/agents/ruby/warmfork/agent.rb',
     ]
     expect(needed.filter((path) => !paths().includes(path))).toEqual([])
   })
 
   test('has nothing else', () => {
     const allowed =
-      /^(package\.json|README\.md|CHANGELOG\.md|LICENSE|dist\/.+\.(js|d\.ts)|docs\/.+\.(md|svg)|native\/prebuilt\/linux-x64\/[\w.-]+)$/
+      /^(package\.json|README\.md|CHANGELOG\.md|LICENSE|dist\/.+\.(js|cjs|d\.ts|d\.cts)|src\/agents\/(python|ruby)\/.+\.(py|pyi|typed|rb)|docs\/.+\.(md|svg)|native\/prebuilt\/linux-x64\/[\w.-]+)$/
     expect(paths().filter((path) => !allowed.test(path))).toEqual([])
     expect(paths().filter((path) => /test|fixture|bench|\.map$/.test(path))).toEqual([])
   })
@@ -118,7 +123,7 @@ describe('the packed package', () => {
   test('has no dependency that its code does not import, and imports none that it does not have', async () => {
     const dist = join(project, 'node_modules', name, 'dist')
     const code = paths()
-      .filter((path) => /^dist\/.*\.js$/.test(path))
+      .filter((path) => /^dist\/.*\.c?js$/.test(path))
       .map((path) => readFileSync(join(dist, '..', path), 'utf8'))
       .join('\n')
     const imported = [...code.matchAll(/(?:from|import\(?)\s*'([^'./][^']*)'/g)].map(([, specifier]) => specifier!)

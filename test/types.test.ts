@@ -1,6 +1,7 @@
 import type { Readable, Writable } from 'node:stream'
 import { expectTypeOf } from 'expect-type'
 import { expect, test } from 'vitest'
+import type { ForkPayload, WarmforkWorker, WorkerChild } from '../src/agents/node/worker.js'
 import * as api from '../src/index.js'
 import {
   type Child,
@@ -14,7 +15,7 @@ import {
 } from '../src/index.js'
 
 // Checked by the compiler; not executed.
-async function types(supervisor: Supervisor, child: Child): Promise<void> {
+async function types(supervisor: Supervisor, child: Child, worker: WarmforkWorker): Promise<void> {
   expectTypeOf(Supervisor.start).parameter(0).toEqualTypeOf<SupervisorOptions>()
   expectTypeOf(Supervisor.start({ command: ['node'] })).resolves.toEqualTypeOf<Supervisor>()
   expectTypeOf(supervisor.fork()).resolves.toEqualTypeOf<Child>()
@@ -32,6 +33,16 @@ async function types(supervisor: Supervisor, child: Child): Promise<void> {
   child.on('exit', (status) => expectTypeOf(status).toEqualTypeOf<ExitStatus>())
   expectTypeOf(new WarmforkError('STOPPED', { tried: '', happened: '' }).code).toEqualTypeOf<ErrorCode>()
 
+  supervisor.fork({ args: ['a', Buffer.of(1)], env: { A: 'x', B: undefined }, cwd: '/', data: { any: 'thing' } })
+  expectTypeOf(child.ready).resolves.toEqualTypeOf<void>()
+  child.on('message', (data) => expectTypeOf(data).toBeUnknown())
+  expectTypeOf(worker.fork({ data: 1 }, (payload) => payload.data)).resolves.toEqualTypeOf<WorkerChild>()
+  expectTypeOf(worker.checkpoint()).resolves.toExtend<AsyncDisposable>()
+  expectTypeOf(worker.payload).toEqualTypeOf<ForkPayload | undefined>()
+  worker.onFork(({ pid, generation }) => [pid, generation] satisfies number[])
+
+  // @ts-expect-error a payload is given by its key
+  await worker.fork('data')
   // @ts-expect-error a command has a program
   await Supervisor.start({ command: [] })
   // @ts-expect-error there is no such option
