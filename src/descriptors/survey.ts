@@ -2,9 +2,10 @@
  * What a process tree has open, from /proc: each descriptor with its kind, as far as it matters for a fork. It reads, and decides
  * nothing. What changes while it looks is seen as it was or not at all: the image has the last word.
  */
-import { closeSync, readdirSync, readFileSync, readlinkSync, type Stats, statSync } from 'node:fs'
+import { closeSync, readdirSync, readlinkSync, type Stats, statSync } from 'node:fs'
 import { errnoOf } from '../errors.js'
 import { pidfdGetfd, pidfdOpen, socketFamily } from '../linux/libc.js'
+import { read } from '../linux/proc.js'
 import { type UnixSocketState, unixSockets } from '../linux/unix-sockets.js'
 import type { DescriptorKind } from './kinds.js'
 
@@ -62,7 +63,7 @@ export function surveyTree(pids: readonly number[]): OpenDescriptor[] {
   const descriptors = pids.flatMap((pid) => rawDescriptors(pid))
   const pipes = pipeEnds(descriptors)
   const owned = new Set(descriptors.flatMap(({ link }) => inodeOf(link, 'socket') ?? []))
-  const ours = ownPipes()
+  let ours: ReadonlySet<string> | undefined
   const tree = new Set(pids)
   const found: OpenDescriptor[] = []
   for (const raw of descriptors) {
@@ -70,9 +71,7 @@ export function surveyTree(pids: readonly number[]): OpenDescriptor[] {
     const pipe = inodeOf(link, 'pipe')
     const socket = inodeOf(link, 'socket')
     if (pipe !== undefined) {
-      const outside = ours.has(link) ? 'pipe-inherited' : 'pipe-outside'
-      const kind = pipes.get(pipe) === BOTH_ENDS ? 'pipe-inside' : outside
-      found.push({ pid, fd, kind, target: link, inode: pipe })
+      found.push({ pid, fd, kind: pipeKind(link, pipes.get(pipe) === BOTH_ENDS), target: link, inode: pipe })
     } else if (socket !== undefined) {
       found.push({ pid, fd, inode: socket, ...sockets.describe(raw, socket, owned) })
     } else {
@@ -84,6 +83,12 @@ export function surveyTree(pids: readonly number[]): OpenDescriptor[] {
     for (const target of sharedMemory(pid)) found.push({ pid, fd: -1, kind: 'sysv-memory', target })
   }
   return found
+
+  function pipeKind(link: string, isInside: boolean): DescriptorKind {
+    if (isInside) return 'pipe-inside'
+    ours ??= ownPipes()
+    return ours.has(link) ? 'pipe-inherited' : 'pipe-outside'
+  }
 }
 
 interface RawDescriptor {
@@ -97,7 +102,8 @@ interface RawDescriptor {
   /** Kinds of the locks that are held by it: FLOCK, POSIX, OFDLCK, LEASE. */
   readonly locks: readonly string[]
   readonly stats: Stats | undefined
-  readonly mounts: ReadonlySet<string>
+  /** The mounts that its process sees. */
+  readonly mounts: () => ReadonlySet<string>
 }
 
 function rawDescriptors(pid: number): RawDescriptor[] {
@@ -107,11 +113,16 @@ function rawDescriptors(pid: number): RawDescriptor[] {
   } catch {
     return []
   }
-  const mounts = mountIds(pid)
+  let known: ReadonlySet<string> | undefined
+  const mounts = () => {
+    known ??= mountIds(pid)
+    return known
+  }
   return names.flatMap((name) => {
     try {
       const link = readlinkSync(`/proc/${pid}/fd/${name}`)
-      const info = readFileSync(`/proc/${pid}/fdinfo/${name}`, 'latin1')
+      const info = read(`/proc/${pid}/fdinfo/${name}`)
+      if (info === undefined) return []
       const process = /^Pid:\s+(-?\d+)$/m.exec(info)?.[1]
       return {
         pid,
@@ -133,12 +144,8 @@ function rawDescriptors(pid: number): RawDescriptor[] {
 }
 
 function mountIds(pid: number): ReadonlySet<string> {
-  try {
-    const text = readFileSync(`/proc/${pid}/mountinfo`, 'latin1')
-    return new Set(text.split('\n').map((line) => line.slice(0, line.indexOf(' '))))
-  } catch {
-    return new Set()
-  }
+  const text = read(`/proc/${pid}/mountinfo`) ?? ''
+  return new Set(text.split('\n').map((line) => line.slice(0, line.indexOf(' '))))
 }
 
 /** Pipes that this process was started with and has passed on without knowing (CI systems and shells leave such). */
@@ -188,7 +195,8 @@ function kindOf(
   if (link.startsWith('/memfd:')) return 'memfd'
   if (stats.isCharacterDevice()) return deviceKind(stats.rdev)
   if (stats.isBlockDevice()) return 'device-other'
-  if (mounts.size > 0 && !mounts.has(mountId)) return 'file-hidden'
+  // One that cannot be read has a single, empty line.
+  if (mounts().size > 1 && !mounts().has(mountId)) return 'file-hidden'
   if (stats.isFIFO()) return 'fifo'
   if (stats.isDirectory()) return 'directory'
   if (stats.nlink === 0) return stats.size > GHOST_LIMIT_BYTES ? 'file-unlinked-large' : 'file-unlinked'
@@ -208,72 +216,83 @@ function deviceKind(rdev: number): DescriptorKind {
 
 /** What it has attached, by the kernel's names (`/SYSV…`). */
 function sharedMemory(pid: number): string[] {
-  try {
-    const maps = readFileSync(`/proc/${pid}/maps`, 'latin1')
-    return [...maps.matchAll(/ (\/SYSV[0-9a-f]{8}) \(deleted\)$/gm)].map((line) => line[1]!)
-  } catch {
-    return []
-  }
+  // Most machines have none, and a list of mappings can be long.
+  const isNone = sharesOur('ipc', pid) && (read('/proc/sysvipc/shm') ?? '').trimEnd().split('\n').length === 1
+  if (isNone) return []
+  return [...(read(`/proc/${pid}/maps`) ?? '').matchAll(/ (\/SYSV[0-9a-f]{8}) \(deleted\)$/gm)].map((line) => line[1]!)
 }
 
-/** The sockets of the tree's network namespace. */
+type Described = { kind: DescriptorKind; target: string }
+
+/** Tables of /proc/PID/net, the likeliest first. */
+const TABLES = [
+  'tcp',
+  'tcp6',
+  'udp',
+  'udp6',
+  'netlink',
+  'raw',
+  'raw6',
+  'icmp',
+  'icmp6',
+  'udplite',
+  'udplite6',
+  'packet',
+]
+
+/** The sockets of the tree's network namespace, read as far as they are asked for. */
 class Sockets {
   readonly #pid: number
-  readonly #known = new Map<number, { kind: DescriptorKind; target: string }>()
-  readonly #unix: ReadonlyMap<number, UnixSocketState>
+  readonly #known = new Map<number, Described>()
+  readonly #unread = [...TABLES]
+  #unix: ReadonlyMap<number, UnixSocketState> | undefined
 
   constructor(pids: readonly number[]) {
     this.#pid = pids[0] ?? 0
-    this.#unix = sharesOurNetwork(this.#pid) ? unixSockets() : new Map()
-    for (const table of ['tcp', 'tcp6']) this.#readInternet(table, 'tcp')
-    for (const table of ['udp', 'udp6', 'udplite', 'udplite6']) this.#readInternet(table, 'udp')
-    for (const table of ['raw', 'raw6', 'icmp', 'icmp6']) this.#readInternet(table, 'raw')
-    for (const table of ['packet', 'netlink']) this.#readOther(table)
   }
 
-  describe(
-    { pid, fd }: RawDescriptor,
-    inode: number,
-    owned: ReadonlySet<number>,
-  ): { kind: DescriptorKind; target: string } {
+  describe({ pid, fd }: RawDescriptor, inode: number, owned: ReadonlySet<number>): Described {
     const target = `socket:[${inode}]`
+    this.#unix ??= sharesOur('net', this.#pid) ? unixSockets() : new Map()
     const unix = this.#unix.get(inode)
     if (unix) return describeUnix(unix, this.#unix.get(unix.peer), owned)
-    const known = this.#known.get(inode)
+    const known = this.#find(inode)
     // Multipath TCP stands among TCP.
     const isSure = known !== undefined && !known.kind.startsWith('tcp-')
     if (!isSure && !isKnownFamily(pid, fd)) return { kind: 'socket-unknown', target: known?.target ?? target }
     return known ?? { kind: 'socket-inside', target }
   }
 
-  #lines(table: string): string[][] {
-    try {
-      const text = readFileSync(`/proc/${this.#pid}/net/${table}`, 'latin1')
-      return text
-        .split('\n')
-        .slice(1)
-        .map((line) => line.trim().split(/\s+/))
-    } catch {
-      return []
-    }
+  #find(inode: number): Described | undefined {
+    while (!this.#known.has(inode) && this.#unread.length > 0) this.#read(this.#unread.shift()!)
+    return this.#known.get(inode)
   }
 
-  /** `0: 0100007F:1F90 0100007F:C350 01 … INODE …`, addresses in hexadecimal as the kernel has them. */
-  #readInternet(table: string, protocol: 'tcp' | 'udp' | 'raw'): void {
-    for (const [, local, remote, state, , , , , , inode] of this.#lines(table)) {
-      if (inode === undefined) continue
-      const target = `${protocol} ${address(local!)}${isSet(remote!) ? ` to ${address(remote!)}` : ''}`
-      this.#known.set(Number(inode), { kind: internetKind(protocol, Number.parseInt(state!, 16), remote!), target })
+  #read(table: string): void {
+    const lines = (read(`/proc/${this.#pid}/net/${table}`) ?? '').split('\n').slice(1)
+    for (const line of lines) {
+      const columns = line.trim().split(/\s+/)
+      const entry =
+        table === 'netlink' || table === 'packet' ? otherSocket(table, columns) : internetSocket(table, columns)
+      if (entry) this.#known.set(entry.inode, entry)
     }
   }
+}
 
-  #readOther(table: string): void {
-    for (const columns of this.#lines(table)) {
-      const inode = Number(columns.at(-1))
-      const unread = table === 'netlink' && Number(columns[NETLINK_RECEIVED]) > 0
-      if (inode > 0) this.#known.set(inode, { kind: unread ? 'netlink-unread' : 'socket-other', target: table })
-    }
-  }
+/** `0: 0100007F:1F90 0100007F:C350 01 … INODE …`, addresses in hexadecimal as the kernel has them. */
+function internetSocket(table: string, columns: readonly string[]): (Described & { inode: number }) | undefined {
+  const [, local, remote, state, , , , , , inode] = columns
+  if (inode === undefined) return undefined
+  const protocol = table.startsWith('tcp') ? 'tcp' : table.startsWith('udp') ? 'udp' : 'raw'
+  const target = `${protocol} ${address(local!)}${isSet(remote!) ? ` to ${address(remote!)}` : ''}`
+  return { inode: Number(inode), kind: internetKind(protocol, Number.parseInt(state!, 16), remote!), target }
+}
+
+function otherSocket(table: string, columns: readonly string[]): (Described & { inode: number }) | undefined {
+  const inode = Number(columns.at(-1))
+  if (!(inode > 0)) return undefined
+  const isUnread = table === 'netlink' && Number(columns[NETLINK_RECEIVED]) > 0
+  return { inode, kind: isUnread ? 'netlink-unread' : 'socket-other', target: table }
 }
 
 function internetKind(protocol: 'tcp' | 'udp' | 'raw', state: number, remote: string): DescriptorKind {
@@ -310,9 +329,9 @@ function describeUnix(
   return { kind: state === CONNECTED && isOutside ? 'unix-connection' : 'socket-inside', target }
 }
 
-function sharesOurNetwork(pid: number): boolean {
+function sharesOur(namespace: 'net' | 'ipc', pid: number): boolean {
   try {
-    return readlinkSync(`/proc/${pid}/ns/net`) === readlinkSync('/proc/self/ns/net')
+    return readlinkSync(`/proc/${pid}/ns/${namespace}`) === readlinkSync(`/proc/self/ns/${namespace}`)
   } catch {
     return false
   }
