@@ -320,8 +320,10 @@ describe('what is within the program', () => {
     ['epoll-closed', 'use', 'event 42'],
     ['pidfd-self', 'use', 'alive'],
     ['pidfd-child', 'use', 'alive'],
+    ['netlink', 'use', 'held'],
+    ['fanotify', 'use', 'held'],
   ])('(%s) is copied into each fork, with its state', async (kind, command, answer) => {
-    const supervisor = await hold(kind)
+    const supervisor = await hold(kind, '/')
     const forks = [await supervisor.fork(), await supervisor.fork()]
     expect(await Promise.all(forks.map((fork) => ask(fork, command)))).toEqual([answer, answer])
     expect(supervisor.warnings).toEqual([])
