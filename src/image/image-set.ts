@@ -24,6 +24,9 @@ import { checkWhole } from './whole.js'
 /** Versions of CRIU's image format (inventory) that are known: 1 since CRIU 1.0, 2 since 1.6. */
 const KNOWN_VERSIONS = [1, 2]
 
+/** Decoded address spaces, by the files that they stand in; an edited file is another one. */
+const memories = new WeakMap<ImageFile, Decoded<typeof MmEntry.fields>>()
+
 export class ImageSet {
   readonly #files = new Map<string, ImageFile>()
   readonly #changed = new Set<string>()
@@ -139,8 +142,15 @@ export class ImageSet {
     this.put(`core-${threadId}.img`, CoreEntry, [core])
   }
 
+  /** Not to be changed, but put anew: it is decoded once (1 ms for 300 mappings, and ten edits ask for it). */
   memory(pid: number): Decoded<typeof MmEntry.fields> {
-    return this.one(`mm-${pid}.img`, MmEntry)
+    const name = `mm-${pid}.img`
+    const file = this.file(name)
+    const known = memories.get(file)
+    if (known) return known
+    const memory = this.one(name, MmEntry)
+    memories.set(file, memory)
+    return memory
   }
 
   files(): Decoded<typeof FileEntry.fields>[] {

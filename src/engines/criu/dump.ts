@@ -1,10 +1,12 @@
 /** Takes a checkpoint of a running tree with `criu dump`, into a directory. The tree goes on whatever comes of it. */
-import { spawn } from 'node:child_process'
-import { readFileSync } from 'node:fs'
+import { closeSync, openSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { errnoOf, WarmforkError } from '../../errors.js'
 import { parseImageFile } from '../../image/image-file.js'
 import { decode } from '../../image/message.js'
+import { sendSignal, signalNumber } from '../../linux/libc.js'
+import { type ExitStatus, reaper } from '../../linux/reaper.js'
+import { spawnProgram } from '../../linux/spawn.js'
 import { dumpArguments } from './args.js'
 import { explain, readLog } from './log.js'
 import { endGroup } from './restorer.js'
@@ -27,44 +29,36 @@ export interface DumpCall {
   onEnd(pid: number): void
 }
 
-/** How long to wait, once criu has ended, for the end of its stderr. */
-const LAST_WORDS_MS = 500
+/** In the image's directory: criu's stderr. */
+const WORDS = 'dump.stderr'
 
 /** How long the tree stood still. Throws CHECKPOINT_FAILED with criu's reasons, DISK_FULL, TIMEOUT. */
 export async function dump(call: DumpCall): Promise<{ frozenMs: number }> {
   const tried = `checkpoint process ${call.pid} (${call.command.join(' ')})`
   const args = dumpArguments({ ...call, logFile: 'dump.log' })
-  const [file, ...before] = call.argv
   const started = performance.now()
-  const child = spawn(file!, [...before, ...args], {
-    cwd: '/',
-    env: call.env,
-    stdio: ['ignore', 'ignore', 'pipe'],
-    detached: true,
-  })
-  if (child.pid !== undefined) call.onStart(child.pid)
-  let stderr = ''
-  child.stderr.on('data', (chunk: Buffer) => {
-    stderr = (stderr + chunk.toString('utf8')).slice(-64 * 1024)
-  })
+  const words = join(call.directory, WORDS)
+  let pid: number
+  try {
+    pid = startCriu([...call.argv, ...args], call.env, words)
+  } catch (cause) {
+    const happened = `criu cannot be started: ${cause instanceof Error ? cause.message : cause}`
+    throw new WarmforkError('CHECKPOINT_FAILED', { tried, happened, cause })
+  }
+  call.onStart(pid)
+  let isRunning = true
   let ended: 'timeout' | 'abort' | undefined
   const end = (why: 'timeout' | 'abort') => () => {
     ended ??= why
-    child.kill('SIGKILL')
+    if (isRunning) sendSignal(pid, signalNumber('SIGKILL'))
   }
   const timer = setTimeout(end('timeout'), call.timeoutMs)
   const onAbort = end('abort')
   call.signal?.addEventListener('abort', onAbort, { once: true })
   try {
-    const exit = await new Promise<string | 0>((resolve) => {
-      const done = (code: number | null, signal: NodeJS.Signals | null) =>
-        resolve(signal ?? (code === 0 ? 0 : `status ${code}`))
-      child.once('error', (error) => resolve(error.message))
-      child.once('close', done)
-      // A criu that was killed leaves helpers behind that have its stderr open and never end.
-      child.once('exit', (code, signal) => setTimeout(done, LAST_WORDS_MS, code, signal).unref())
-    })
-    if (exit === 0) return { frozenMs: frozenMs(call.directory) ?? performance.now() - started }
+    const { code, signal } = await new Promise<ExitStatus>((exited) => reaper.watch(pid, { exited }))
+    isRunning = false
+    if (code === 0) return { frozenMs: frozenMs(call.directory) ?? performance.now() - started }
     call.signal?.throwIfAborted()
     if (ended === 'timeout') {
       throw new WarmforkError('TIMEOUT', {
@@ -72,18 +66,29 @@ export async function dump(call: DumpCall): Promise<{ frozenMs: number }> {
         happened: `criu was not done after ${call.timeoutMs} ms (checkpointTimeoutMs)`,
       })
     }
-    const log = readLog(join(call.directory, 'dump.log')) || stderr
-    const details = { tried, happened: explain(log, exit), output: log.slice(-64 * 1024) }
+    const log = readLog(join(call.directory, 'dump.log')) || readLog(words)
+    const details = { tried, happened: explain(log, signal ?? `status ${code}`), output: log.slice(-64 * 1024) }
     throw new WarmforkError(
       /No space left on device|Disk quota exceeded/.test(log) ? 'DISK_FULL' : 'CHECKPOINT_FAILED',
       details,
     )
   } finally {
     clearTimeout(timer)
-    child.stderr.destroy()
-    if (child.pid !== undefined) endGroup(child.pid)
+    // Helpers of a criu that was killed go on without it.
+    endGroup(pid)
     call.signal?.removeEventListener('abort', onAbort)
-    if (child.pid !== undefined) call.onEnd(child.pid)
+    call.onEnd(pid)
+  }
+}
+
+/** Not by Node's own spawn, which forks: the source stands still meanwhile, 5 ms for a supervisor of 100 MiB. */
+function startCriu(argv: readonly string[], env: Readonly<Record<string, string>>, words: string): number {
+  const fds: number[] = []
+  try {
+    fds.push(openSync('/dev/null', 'r+'), openSync(words, 'w', 0o600))
+    return spawnProgram(argv, env, [fds[0]!, fds[0]!, fds[1]!])
+  } finally {
+    for (const fd of fds) closeSync(fd)
   }
 }
 

@@ -524,7 +524,7 @@ function alignedLike(from: number, address: bigint): number {
 
 /** A mapping cut into the parts that map the page file and those that stay what they are. */
 function splitVma(vma: VmaEntry, slots: readonly Slot[], fileId: () => number): VmaEntry[] {
-  if (slots.length === 0) return [vma]
+  if (slots.length === 0) return [{ ...vma }]
   const parts: VmaEntry[] = []
   const stays = (start: bigint, end: bigint) => {
     if (start < end)
