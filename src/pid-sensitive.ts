@@ -57,6 +57,26 @@ export function repeatWarnings(root: number, withAgents: ReadonlySet<number>): s
   return [...found.values()]
 }
 
+/**
+ * What the user should hear of forks that keep their ids: OpenSSL draws new random bytes when it sees another pid, and else goes on
+ * where the template stood. An agent adds to its state where the runtime lets it; Node has no way to.
+ */
+export function keptIdWarnings(root: number, withAgents: ReadonlySet<number>): string[] {
+  const found = new Map<string, string>()
+  for (const { pid } of processTree(root)) {
+    const name = executableName(pid)
+    const isNode = /^(node|nodejs)$/.test(name)
+    if (!isNode && (withAgents.has(pid) || !/\/libcrypto[^/]*\.so/.test(read(`/proc/${pid}/maps`) ?? ''))) continue
+    const remedy = isNode ? 'Node has no call to renew it' : 'an agent would renew it'
+    found.set(
+      name,
+      `OpenSSL in process ${pid} (${name}) does not notice a fork that keeps its ids: all forks draw the same random bytes from it, ` +
+        `keys and tokens too. Take \`identity: 'fresh'\` for programs that need those (docs/identity.md); ${remedy}.`,
+    )
+  }
+  return [...found.values()]
+}
+
 function executableName(pid: number): string {
   try {
     return basename(readlinkSync(`/proc/${pid}/exe`))

@@ -30,7 +30,7 @@ import type { Guard } from './guard/guard.js'
 import { type MemoryUse, memoryUse } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
 import { type ResolvedOptions, resolveOptions, type SupervisorOptions } from './options.js'
-import { pidWarnings, repeatWarnings } from './pid-sensitive.js'
+import { keptIdWarnings, pidWarnings, repeatWarnings } from './pid-sensitive.js'
 import { Pool, type PoolState } from './pool.js'
 import { untilReady } from './readiness.js'
 import { untilAtRest } from './rest.js'
@@ -553,8 +553,10 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         happened: `${this.#whyNoAgent ?? 'its program runs no agent'}, and nobody could hand them to its forks`,
       })
     }
-    if (this.engine !== 'criu' || this.#options.identity !== 'fresh') return
-    for (const message of pidWarnings(source.pid, parked)) this.#warn('identity', message)
+    if (this.engine !== 'criu') return
+    const isFresh = this.#options.identity === 'fresh'
+    const warnings = isFresh ? pidWarnings(source.pid, parked) : keptIdWarnings(source.pid, parked)
+    for (const message of warnings) this.#warn('identity', message)
     for (const message of repeatWarnings(source.pid, parked)) this.#warn('repeats', message)
   }
 

@@ -201,14 +201,24 @@ describe.skipIf(!isRoot)("forks with `identity: 'namespace'`", () => {
       const supervisor = await start({ command: ASYNCIO, pool: { size: 0 } })
       const child = await supervisor.fork()
       expect(await ask(child, 'hello')).toBe(`${supervisor.template!.pid} hello`)
-      expect(supervisor.warnings.filter(({ kind }) => kind === 'identity')).toEqual([])
+      expect(supervisor.warnings.filter(({ message }) => message.includes('event loop'))).toEqual([])
     },
   )
 
   test.skipIf(!hasPython)('is not advised to a Python that runs no event loop', async () => {
     const script = 'import asyncio, select, sys; e = select.epoll(); print("ready", flush=True); sys.stdin.read()'
     const supervisor = await place.current.start({ command: ['/usr/bin/python3', '-c', script], pool: { size: 0 } })
-    expect(supervisor.warnings.filter(({ kind }) => kind === 'identity')).toEqual([])
+    expect(supervisor.warnings.filter(({ message }) => message.includes('event loop'))).toEqual([])
+  })
+
+  test('draw the same from OpenSSL, of which is warned', async () => {
+    const script = `const { randomBytes } = require('crypto'); randomBytes(8); console.log('ready')
+      process.stdin.on('data', () => console.log(randomBytes(16).toString('hex')))`
+    const supervisor = await start({ command: [process.execPath, '-e', script], pool: { size: 0 } })
+    const forks = [await supervisor.fork(), await supervisor.fork()]
+    const [one, other] = await Promise.all(forks.map((child) => ask(child, 'draw')))
+    expect(one).toBe(other)
+    expect(supervisor.warnings).toContainEqual({ kind: 'identity', message: expect.stringContaining('OpenSSL') })
   })
 
   test('end with a supervisor that is killed with SIGKILL', async () => {
