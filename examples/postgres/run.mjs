@@ -1,4 +1,4 @@
-// `node examples/postgres/run.mjs [node|python|python-hooks]`: a worker with a pool of connections to a PostgreSQL is booted once and forked eight
+// `node examples/postgres/run.mjs [node|node-hooks|python|python-hooks]`: a worker with a pool of connections to a PostgreSQL is booted once and forked eight
 // times. Each fork does twenty jobs; the template is at work all the while. `--json` prints what came of it as JSON.
 import { execFileSync } from 'node:child_process'
 import { existsSync } from 'node:fs'
@@ -29,19 +29,25 @@ try {
   const programs = {
     // The one by TCP, the other by the server's Unix socket.
     node: { command: [process.execPath, `${app}worker.mjs`, '--busy'], url: cluster.url, agent: false },
-    python: { command: ['/usr/bin/python3', `${app}worker.py`, '--busy'], url: cluster.socketUrl, agent: false },
     // With an agent, whose hooks stop the work before the checkpoint and drop the pool in each fork.
+    'node-hooks': {
+      command: [process.execPath, `${app}worker.mjs`, '--busy'],
+      url: cluster.url,
+      agent: true,
+      env: { WARMFORK_WORKER: import.meta.resolve('warmfork/worker') },
+    },
+    python: { command: ['/usr/bin/python3', `${app}worker.py`, '--busy'], url: cluster.socketUrl, agent: false },
     'python-hooks': { command: ['/usr/bin/python3', `${app}worker.py`, '--busy'], url: cluster.socketUrl, agent: true },
   }
   const asked = process.argv.slice(2).filter((word) => word in programs)
   const found = {}
   for (const name of asked.length > 0 ? asked : Object.keys(programs)) {
-    const { command, url, agent } = programs[name]
+    const { command, url, agent, env } = programs[name]
     cluster.sql('TRUNCATE jobs')
     const supervisor = await Supervisor.start({
       command,
       agent,
-      env: { ...process.env, DATABASE_URL: url },
+      env: { ...process.env, ...env, DATABASE_URL: url },
       ready: { output: 'ready' },
       pool: { size: 2 },
     })

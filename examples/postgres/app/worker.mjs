@@ -1,17 +1,22 @@
-// A worker with a pool of connections to PostgreSQL. Nothing in it knows warmfork: a fork's connections are closed, the pool notices
-// and makes new ones. For each `jobs N` on stdin it does N jobs, each a row of the table `jobs`, and prints what came of them.
+// A worker with a pool of connections to PostgreSQL. It needs to know nothing of warmfork: a fork's connections are closed, the pool
+// notices and makes new ones. With an agent the hooks below spare it that. For each `jobs N` on stdin it does N jobs, each a row of the table `jobs`, and prints what came of them.
 import { readlinkSync } from 'node:fs'
 import { createInterface } from 'node:readline'
 import pg from 'pg'
 
-const pool = new pg.Pool({
-  connectionString: process.env.DATABASE_URL,
-  max: 2,
-  application_name: 'node',
-  keepAlive: true,
-})
-// Without a listener the end of an idle connection would end the program: in a fork as at a restart of the database.
-pool.on('error', () => {})
+function newPool() {
+  const pool = new pg.Pool({
+    connectionString: process.env.DATABASE_URL,
+    max: 2,
+    application_name: 'node',
+    keepAlive: true,
+  })
+  // Without a listener the end of an idle connection would end the program: in a fork as at a restart of the database.
+  pool.on('error', () => {})
+  return pool
+}
+
+let pool = newPool()
 
 /** Errors of a connection that has ended, as after a fork. */
 const ENDED = /terminated unexpectedly|ECONNRESET|EPIPE|not queryable/
@@ -52,7 +57,28 @@ async function job() {
 
 // Two connections are open before the checkpoint, and the template's are in use all along.
 await Promise.all([job(), job()])
-const busy = process.argv.includes('--busy') && setInterval(() => job().catch((error) => console.error(error)), 20)
+const inHand = new Set()
+let busy
+function work() {
+  if (!process.argv.includes('--busy')) return
+  busy = setInterval(() => {
+    const one = job().catch((error) => console.error(error))
+    inHand.add(one)
+    one.then(() => inHand.delete(one))
+  }, 20)
+}
+work()
+
+// What a program with hooks does. In one that has warmfork among its dependencies: `import { worker } from 'warmfork/worker'`.
+const { worker } = await import(process.env.WARMFORK_WORKER ?? 'warmfork/worker').catch(() => ({}))
+worker?.beforeCheckpoint(async () => {
+  clearInterval(busy)
+  await Promise.all(inHand)
+})
+worker?.afterCheckpoint(work)
+worker?.onFork(() => {
+  pool = newPool()
+})
 console.log('ready')
 
 for await (const line of createInterface({ input: process.stdin })) {
