@@ -1,6 +1,7 @@
 /** `npm run -s bench -- NAME …`: one bench a file; each prints one JSON object, or a table without `--json`. */
 const benches: Readonly<Record<string, () => Promise<(args: readonly string[]) => Promise<void>>>> = {
   fork: async () => (await import('./fork.js')).benchFork,
+  'worker-fork': async () => (await import('./worker-fork.js')).benchWorkerFork,
 }
 
 const [name = '', ...args] = process.argv.slice(2)

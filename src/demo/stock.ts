@@ -23,6 +23,8 @@ export class StockRestore {
     readonly pid: number,
     criu: Criu,
     keys: string[],
+    /** How long the dump took, with criu's start. */
+    readonly dumpMs: number,
   ) {
     this.#criu = criu
     this.#keys = keys
@@ -33,6 +35,7 @@ export class StockRestore {
     command: readonly string[],
     env: Readonly<Record<string, string>>,
     directory: string,
+    ready = /^ready$/m,
   ): Promise<StockRestore> {
     const criu = findCriu()
     rmSync(directory, { recursive: true, force: true })
@@ -46,9 +49,10 @@ export class StockRestore {
     })
     try {
       await once(child)
-      for (let text = ''; !/^ready$/m.test(text); ) text += await nextChunk(stdout.read)
+      for (let text = ''; !ready.test(text); ) text += await nextChunk(stdout.read)
       const inodes = [stdin.read, stdout.write, stderr.write].map((fd) => fstatSync(fd, { bigint: true }).ino)
       const none = () => {}
+      const began = performance.now()
       await dump({
         argv: criu.argv,
         env,
@@ -61,11 +65,13 @@ export class StockRestore {
         onStart: none,
         onEnd: none,
       })
+      const dumpMs = performance.now() - began
       return new StockRestore(
         directory,
         child.pid!,
         criu,
         inodes.map((inode) => `pipe:[${inode}]`),
+        dumpMs,
       )
     } finally {
       await endTree(child.pid!)
