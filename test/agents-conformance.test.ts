@@ -371,6 +371,24 @@ for (const spec of specs) {
         expect(await program.exit()).toEqual({ code: 70, signal: null })
       })
 
+      it('answers the call for a checkpoint that stays, in a fork of it', async () => {
+        program = await Conformer.start(spec)
+        const agent = await program.greet()
+        program.say('keep')
+        await agent.expect('keep')
+        agent.checkpoint(1)
+        await program.expect('beforeB')
+        await program.expect('beforeA')
+        await agent.expect('parked')
+        // It was asked for when the image was there already, which so does not know it.
+        agent.send(program.forked({ call: 99 }))
+        await program.expect('forkA')
+        await program.expect('forkB')
+        await agent.expect('running')
+        await program.expect('isFork')
+        await program.ask('ping', 'pong')
+      })
+
       it('lets the program live on where its connection ends while it is parked', async () => {
         program = await Conformer.start(spec)
         const agent = await program.greet()

@@ -12,7 +12,7 @@
  * | `arm HOOK throw\|hang` | the hook of this name throws an error with the message `not now`, or never returns, the next time |
  * | `look [NAME…]` | `look`, with `args`, `cwd`, and `env` (an object of the variables of these names) as base64, `isFork`, `generation`, `pid`, and `data`: the payload, or `{"base64": …}` where it is bytes |
  * | `fork JSON` | asks for a fork with that data, and goes on with its commands meanwhile. Then `forked` with `pid`; in the fork `isFork`; `failed` with `code` where it could not |
- * | `keep` | asks for a checkpoint that stays; then `kept` with `generation`, or `failed` with `code` |
+ * | `keep` | asks for a checkpoint that stays; then `kept` with `generation`, or `failed` with `code`; in a fork of it `isFork` |
  * | `keepFork JSON` | asks for a fork from it; then `forked` with `pid`, or `failed` |
  * | `drop` | gives it back |
  * | `send JSON` | sends a message to the user of the supervisor |
@@ -158,6 +158,7 @@ export class Conformer {
       stdio: ['pipe', 'pipe', 'pipe'],
     })
     conformer.#process = child
+    child.once('exit', () => conformer.#agents.end())
     child.stdin!.on('error', () => {})
     child.stderr!.on('data', (chunk) => {
       conformer.stderr += chunk
@@ -175,8 +176,9 @@ export class Conformer {
   /** The next connection, with its hello, and not yet welcomed. */
   async connection(): Promise<AgentSide> {
     const agent = await this.#agents.next()
-    agent!.hello = await agent!.expect('hello')
-    return agent!
+    if (!agent) throw new Error(`the program ended without a connection, and wrote: ${this.stderr}`)
+    agent.hello = await agent.expect('hello')
+    return agent
   }
 
   /** Greets the program, and waits until it is there. */

@@ -50,7 +50,7 @@ describe.skipIf(!existsSync(SYSTEM))('the Python agent', () => {
   /** Runs a program to its end, without a supervisor unless the environment names one. */
   function run(interpreter: string, code: string, env: Record<string, string> = {}, flags: string[] = []) {
     const { status, stdout, stderr } = spawnSync(interpreter, [...flags, '-c', code], {
-      env: { PATH: process.env.PATH!, PYTHONPATH: PYTHON_AGENT, ...env },
+      env: { PATH: process.env.PATH!, PYTHONPATH: PYTHON_AGENT, PYTHONDONTWRITEBYTECODE: '1', ...env },
       encoding: 'utf8',
       timeout: 30_000,
     })
