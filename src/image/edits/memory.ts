@@ -91,9 +91,9 @@ const SPARSE_GAP = 16n << 20n
 const FILE_GAP = 16n * BigInt(PAGE)
 /** Fewer written pages than these stay in the image: copying them is cheaper than a mapping. */
 const FILE_STRETCH_MIN = 16n * BigInt(PAGE)
-/** A page file more costs a fork an `open` for each of its mappings that follows one of another file: some 5 µs. */
+/** A page file more costs a fork an `open` for each of its mappings that follows one of another file: some 3 µs. */
 const MOST_INHERITED_FILES = 15
-/** How many mappings a process may have more than regions, before what is written between and around them moves too: 2.5 ms a fork. */
+/** How many mappings a process may have more than regions, before what is written between and around them moves too: 1.5 ms a fork. */
 const MOST_EXTRA_MAPPINGS = 256
 /** From the end of a mapping to the end of its page file, at least. Less than `SLOT_GAP` for 65,530 mappings, the most there can be. */
 const LEAST_ROOM = PAGE_FILE_LIMIT / 2 ** 16
@@ -371,9 +371,9 @@ function atomsOf(
   const hasRoom = inherited.sizeBytes - Number(vma.pgoff + vma.end - vma.start) >= LEAST_ROOM
   const mustMove = retired.has(inherited) || !hasRoom
   const atoms: Atom[] = []
-  const add = (start: bigint, end: bigint, copiedPages: number, moveCost: number) => {
+  const add = (start: bigint, end: bigint, copied: number, moveCost: number) => {
     if (start >= end) return
-    const stayCost = mustMove ? Number.POSITIVE_INFINITY : copiedPages * COSTS.copiedPage
+    const stayCost = mustMove ? Number.POSITIVE_INFINITY : copied
     // A process that is copied at each fork shares what it has from its generation, and no more.
     const allowed = isShared || mustMove ? moveCost : Number.POSITIVE_INFINITY
     atoms.push({ start, end, stayCost, moveCost: allowed, joined: atoms.length > 0 })
@@ -387,16 +387,19 @@ function atomsOf(
   let at = vma.start
   for (const { start, end } of written) {
     addUnwritten(at, start)
-    add(start, end, Number(end - start) / PAGE, 0)
+    add(start, end, copyCost([{ start, end }]), 0)
     at = end
   }
   addUnwritten(at, vma.end)
   return atoms
 }
 
+function copyCost(runs: readonly Stretch[]): number {
+  return runs.length * COSTS.copiedRun + (Number(lengthOf(runs)) / PAGE) * COSTS.copiedPage
+}
+
 /** Anonymous memory between mappings of page files: what was discarded or added since. It moves as a whole, as in a first generation. */
 function anonymousAtoms(vma: VmaEntry, written: readonly PageRun[]): Atom[] {
-  const copyCost = (runs: readonly PageRun[]) => (Number(lengthOf(runs)) / PAGE) * COSTS.copiedPage
   const { start, end } = vma
   if (end - start < SPARSE_FROM) {
     // Empty memory is cheaper to fill than pages of a file.
