@@ -43,6 +43,8 @@ const TEST_PACKAGES = [
   },
   { name: 'musl-tools', file: 'musl-gcc', why: 'test programs on the other C library' },
   { name: 'python3', file: '/usr/bin/python3', why: 'a template in CPython' },
+  { name: 'ruby', file: 'ruby', why: 'a template in MRI' },
+  { name: 'default-jdk-headless', file: 'javac', why: 'JRuby, and how a JVM starts programs' },
   { name: 'procps', file: 'ps', why: 'tests look at processes as users do' },
   { name: 'util-linux', file: 'setpriv', why: 'supervisors and workers as other users, private mounts' },
 ]

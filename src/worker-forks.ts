@@ -65,7 +65,7 @@ export class WorkerForks {
     this.#parents.add(forks)
     void parent.exited.then(async () => {
       await forks.parentEnded()
-      this.#parents.delete(forks)
+      if (forks.isDone) this.#parents.delete(forks)
     })
   }
 
@@ -91,6 +91,8 @@ class ParentForks {
   readonly #children = new Map<number, AgentLink>()
   #calls: Call[] = []
   #running: Promise<void> | undefined
+  /** What goes on beside the calls: forks of kept checkpoints, generations that are being removed. */
+  readonly #underWay = new Set<Promise<void>>()
   #closed = false
 
   constructor(
@@ -106,6 +108,11 @@ class ParentForks {
     parent.agents.on('request', (request, link) => this.#hear(request, link))
   }
 
+  /** Whether nothing is left of what was made for it. */
+  get isDone(): boolean {
+    return this.#made.size === 0
+  }
+
   /** What it kept is let go, as soon as no fork of it needs it. */
   async parentEnded(): Promise<void> {
     this.#closed = true
@@ -114,11 +121,13 @@ class ParentForks {
       made.holders = 0
       await this.#letGo(number)
     }
+    await Promise.all(this.#underWay)
   }
 
   async close(): Promise<void> {
     this.#closed = true
     await this.#running
+    await Promise.all(this.#underWay)
     for (const number of [...this.#made.keys()]) await this.#letGo(number, true)
   }
 
@@ -126,7 +135,8 @@ class ParentForks {
     switch (request.type) {
       case 'fork':
         if (request.generation === undefined) this.#call({ link, id: request.id, kind: 'fork', data: request.data })
-        else void this.#forkAgain(request.generation, { link, id: request.id, kind: 'fork', data: request.data })
+        else
+          this.#beside(this.#forkAgain(request.generation, { link, id: request.id, kind: 'fork', data: request.data }))
         return
       case 'keep':
         this.#call({ link, id: request.id, kind: 'keep' })
@@ -134,7 +144,7 @@ class ParentForks {
       case 'drop': {
         const made = this.#made.get(request.generation)
         if (made && made.holders > 0) made.holders--
-        void this.#letGo(request.generation)
+        this.#beside(this.#letGo(request.generation))
         return
       }
       case 'message': {
@@ -145,6 +155,13 @@ class ParentForks {
         else link.send({ type: 'error', message: `there is no process ${request.to} to send a message to` })
       }
     }
+  }
+
+  #beside(work: Promise<void>): void {
+    const done = work
+      .catch((error) => this.#options.warn(`a generation of a program's own could not be given back: ${error}`, error))
+      .finally(() => this.#underWay.delete(done))
+    this.#underWay.add(done)
   }
 
   #call(call: Call): void {
@@ -241,7 +258,7 @@ class ParentForks {
         this.#children.delete(child.pid)
         call.link.send({ type: 'childExit', pid: child.pid, code, signal })
         made.alive--
-        return this.#letGo(child.generation)
+        this.#beside(this.#letGo(child.generation))
       })
     } catch (error) {
       made.alive--

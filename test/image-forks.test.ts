@@ -4,7 +4,6 @@ import { once } from 'node:events'
 import {
   appendFileSync,
   copyFileSync,
-  existsSync,
   readdirSync,
   readFileSync,
   renameSync,
@@ -17,9 +16,9 @@ import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { setTimeout as delay } from 'node:timers/promises'
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest'
-import { defaultPrefix, privateVersions, SYSTEM_PREFIX } from '../src/engines/criu/binary.js'
 import { stat } from '../src/linux/proc.js'
 import { type Child, kill, Laboratory } from './fixtures/forks.js'
+import { newerGlibc, onNewerGlibc } from './fixtures/newer-glibc.js'
 import { compileC } from './runtimes/compile.js'
 import { RUNTIMES } from './runtimes/index.js'
 import { cached, debianInstall, PROJECT, RUNTIME_CACHE, run } from './runtimes/runtime.js'
@@ -314,26 +313,9 @@ while True:
   })
 })
 
-/**
- * A newer glibc than most machines have: that of the private criu. Programs run on a copy, since what was started through
- * criu's own loader cannot be restored. Undefined where criu is the system's.
- */
-const newerGlibc = [defaultPrefix(), SYSTEM_PREFIX]
-  .flatMap(privateVersions)
-  .flatMap(({ argv }) => argv[argv.indexOf('--library-path') + 1]?.split(':')[0] ?? [])
-  .find((path) => existsSync(join(path, 'libc.so.6')))
-
-function onNewerGlibc(program: string): string[] {
-  const own = lab.fresh('glibc')
-  for (const name of readdirSync(newerGlibc!)) {
-    if (/^(libc|ld-linux-x86-64)\.so/.test(name)) copyFileSync(join(newerGlibc!, name), join(own, name))
-  }
-  return [join(own, 'ld-linux-x86-64.so.2'), '--library-path', own, program]
-}
-
 // From 2.43 on the kernel does not clear a thread's id at its end any more, and stacks have guard pages of a new kind.
 it.skipIf(!newerGlibc)('threads of a program on a newer glibc know their new ids', async () => {
-  const template = lab.start(onNewerGlibc(await compileC('threads64')))
+  const template = lab.start(onNewerGlibc(await compileC('threads64'), lab.fresh('glibc')))
   await template.talk.untilReady()
   const { number } = await lab.checkpoint(template, 'cow')
   for (const child of await forks(number, 2)) expect(await child.talk.ask('check')).toBe('ok')
@@ -372,7 +354,7 @@ int main(void) {
     'of getrandom differ in all forks, on a glibc that draws them in memory',
     async () => {
       const program = await compile('random', RANDOM)
-      const { said, number } = await expectDifferent(onNewerGlibc(program))
+      const { said, number } = await expectDifferent(onNewerGlibc(program, lab.fresh('glibc')))
       expect(Number(said[0]!.split('.')[1])).toBeGreaterThanOrEqual(41)
       const { edits } = (await (await lab.engine()).store.get(number)).manifest as unknown as {
         edits: { wipedRanges: number }

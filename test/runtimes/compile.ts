@@ -3,7 +3,7 @@ import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { cached, debianInstall, PROJECT, RUNTIME_CACHE, run } from './runtime.js'
 
-export type CFixture = 'foreign-threads' | 'holder' | 'jemalloc-check' | 'mapzoo' | 'randmap' | 'threads64'
+export type CFixture = 'draw' | 'foreign-threads' | 'holder' | 'jemalloc-check' | 'mapzoo' | 'randmap' | 'threads64'
 
 /** The path of the program. gcc, musl-gcc and jemalloc are installed where they are missing and we are root. */
 export async function compileC(name: CFixture, compiler: 'gcc' | 'musl-gcc' = 'gcc'): Promise<string> {
