@@ -504,20 +504,29 @@ def _wake_waiters():
 def _threads_that_go_on(agent):
     """Names of the threads that the agent cannot stop: those that do not need the interpreter's lock."""
     threading = sys.modules.get("threading")
-    known = [] if threading is None else [each for each in threading.enumerate() if each.ident != get_ident()]
     has_lock = getattr(sys, "_is_gil_enabled", None)
     if ctypes is None or (has_lock is not None and not has_lock()):
-        return [each.name for each in known if each.name != "MainThread"]
+        known = [] if threading is None else threading.enumerate()
+        return [each.name for each in known if each.ident != get_ident() and each.name != "MainThread"]
+    numbers = _foreign_threads(agent, threading)
+    if numbers:
+        # One that has just been started, or has just ended, is not Python's for a moment.
+        sleep(0.002)
+        numbers &= _foreign_threads(agent, threading)
+    return sorted(filter(None, map(_thread_name, numbers)))
+
+
+def _foreign_threads(agent, threading):
+    """Numbers of the threads that have nothing to do with Python."""
+    known = [] if threading is None else threading.enumerate()
     try:
         numbers = {int(each) for each in os.listdir("/proc/self/task")}
     except OSError:
-        return []
-    # As many have nothing to do with Python as there are more threads than frames.
+        return set()
+    # There are none where there are as many frames as threads. Those that _thread has started have no number that Python knows.
     if len(numbers) <= len(sys._current_frames()):
-        return []
-    numbers -= {each.native_id for each in known}
-    numbers -= {os.getpid(), get_native_id(), agent.reader}
-    return sorted(filter(None, map(_thread_name, numbers)))
+        return set()
+    return numbers - {each.native_id for each in known} - {os.getpid(), get_native_id(), agent.reader}
 
 
 def _thread_name(number):

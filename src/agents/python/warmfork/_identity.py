@@ -107,6 +107,13 @@ def _correct_uuid():
 # -- what was given to os.register_at_fork
 
 
+THREADS_DIE = (
+    ("threading", "_after_fork"),
+    ("gevent.threading", "after_fork_in_child"),
+    ("asyncio.events", "on_fork"),
+)
+
+
 def at_fork_hooks_before(agent):
     return [each for each in reversed(agent.before_fork) if each is not agent.own_at_fork[0]]
 
@@ -118,23 +125,24 @@ def at_fork_hooks_in_parent(agent):
 def _at_fork_hooks_in_child(agent):
     """Those `after_in_child`, but for these, which would break a child whose threads live on:
 
-    - threading._after_fork calls all threads but one dead, and puts new locks in place of those that they hold;
+    - threading._after_fork calls all threads but one dead, and puts new locks in place of those that they hold; gevent's does the same
+      where it has its own threads in their place;
     - asyncio's on_fork (Python >= 3.12) takes the running loop from the thread that runs it, and its wake-up descriptor from signals;
     - logging's gives all its locks new state, and concurrent.futures.thread's its one lock: a thread that holds one could not let go of
       it, and one that waits for it would for ever. What `before` took of them is given back as in the parent;
-    - any lock's own _at_fork_reinit, for the same reason.
+    - any lock's own _at_fork_reinit, for the same reason, and what has a method of that name for threads of its own.
     """
     hooks = []
     for hook in agent.in_child:
         if hook is agent.own_at_fork[1]:
             continue
         module, name = getattr(hook, "__module__", None), getattr(hook, "__name__", None)
-        if (module, name) in (("threading", "_after_fork"), ("asyncio.events", "on_fork")):
+        if (module, name) in THREADS_DIE:
             continue
         if (module, name) == ("logging", "_after_at_fork_child_reinit_locks"):
             hooks += [each for each in agent.in_parent if getattr(each, "__module__", None) == "logging"]
         elif name == "_at_fork_reinit":
-            lock = hook.__self__
+            lock = getattr(hook, "__self__", hook)
             hooks += [each for each in agent.in_parent if getattr(each, "__self__", None) is lock]
         else:
             hooks.append(hook)
