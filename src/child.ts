@@ -465,8 +465,15 @@ export class Child extends EventEmitter<ChildEvents> {
   #ended(status: ExitStatus): ExitStatus {
     this.#state = 'ended'
     this.#exitStatus = status
-    this.#agents?.close()
-    this.#markGone(this.#gone('wait for it to run'))
+    const gone = () => this.#markGone(this.#gone('wait for it to run'))
+    if (this.#agents) {
+      // What it said of its hooks before it ended says more.
+      const agents = this.#agents
+      void agents.ended().then(() => {
+        gone()
+        agents.close()
+      })
+    } else gone()
     if (this.#fds[0] !== undefined) closeSync(this.#fds[0])
     this.#fds[0] = undefined
     this.#stdin?.destroy()

@@ -6,8 +6,8 @@ import { readFileSync, readlinkSync } from 'node:fs'
 import { basename } from 'node:path'
 import { openTargets, processTree, read, threadIds } from './linux/proc.js'
 
-/** CPython keeps the pid beside the running loop, and with another one says that there is none; from 3.14 on it does not. */
-const FIRST_PYTHON_WITHOUT_CHECK = 14
+/** CPython keeps the pid beside the running loop, and with another one says that there is none; from 3.12 on it does not. */
+const FIRST_PYTHON_WITHOUT_CHECK = 12
 
 /** Of a mapped library or program: `python3.11`, `libpython3.12.so.1.0`, `_asyncio.cpython-313-x86_64-linux-gnu.so`. */
 const PYTHON = /\/(?:lib)?python3\.(\d+)[^/]*$/
@@ -85,7 +85,7 @@ function executableName(pid: number): string {
   }
 }
 
-/** Whether a process is CPython below 3.14 with asyncio (or uvloop) loaded, one of whose threads waits in epoll. */
+/** Whether a process is CPython below 3.12 with asyncio (or uvloop) loaded, one of whose threads waits in epoll. */
 function hasRunningLoop(pid: number): boolean {
   const maps = read(`/proc/${pid}/maps`)
   if (!maps?.includes('python')) return false

@@ -11,6 +11,9 @@ import { WarmforkError } from '../errors.js'
 import { AgentLink, hookFailed } from './link.js'
 import { type Forked, type FromAgent, payloadOf, payloadValue, textOf } from './protocol.js'
 
+/** How long the exit of a process may come after the end of its connection. */
+const EXIT_MS = 250
+
 /** What a fork is given. Strings and bytes arrive as they are; a NUL in them is refused. */
 export interface ForkInput {
   readonly args?: readonly (string | Uint8Array)[]
@@ -199,8 +202,15 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
       link.once('running', (error) => (error ? reject(hookFailed(tried, error)) : resolve()))
       link.once('failed', (error) => reject(hookFailed(tried, error)))
       // Its process has ended, or the program has closed the descriptor: the one is told by its exit, the other is no failure.
-      link.once('close', () => resolve())
+      link.once('close', () => setTimeout(resolve, EXIT_MS).unref())
     })
+  }
+
+  /** Resolves when all connections have ended, and what was said on them is heard; after some time in any case. */
+  ended(): Promise<void> {
+    const open = this.links.map((link) => new Promise<void>((resolve) => link.once('close', () => resolve())))
+    const late = new Promise<void>((resolve) => setTimeout(resolve, EXIT_MS).unref())
+    return Promise.race([Promise.all(open).then(() => {}), late])
   }
 
   unref(): void {

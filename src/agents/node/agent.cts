@@ -226,7 +226,7 @@ class Agent extends events.EventEmitter {
       identityOf((socket as unknown as { _handle: Handle | null })._handle?.fd ?? -1) === this.#identity
     )
       socket.destroy()
-    const error = { code: 'NEEDS_SUPERVISOR', message: 'the connection to the supervisor is lost' }
+    const error = { code: 'NO_SUPERVISOR', message: 'the connection to the supervisor is lost' }
     for (const id of [...this.#calls.keys()]) this.#answered(id, { error })
     this.emit('disconnect')
   }
@@ -445,7 +445,7 @@ function crash(error: unknown): void {
 }
 
 const noSupervisor = () =>
-  new AgentError('NEEDS_SUPERVISOR', 'no supervisor of warmfork has started this process, or it is gone')
+  new AgentError('NO_SUPERVISOR', 'no supervisor of warmfork has started this process, or it is gone')
 
 function identityOf(fd: number): string {
   try {

@@ -1,6 +1,6 @@
 /**
  * What a Node program says to warmfork and hears from it: `import { worker } from 'warmfork/worker'`. Without a supervisor hooks are
- * kept and never called, and what needs one rejects with the code NEEDS_SUPERVISOR.
+ * kept and never called, and what needs one rejects with the code NO_SUPERVISOR.
  */
 import { createRequire } from 'node:module'
 
@@ -72,7 +72,7 @@ export interface WarmforkWorker {
   onFork(hook: (payload: ForkPayload) => unknown): () => void
   /**
    * Forks this process. Resolves in this process; in the fork `run` is called, and the promise never settles there.
-   * @throws Error with `code`: NEEDS_SUPERVISOR, HOOK_FAILED, CHECKPOINT_FAILED, RESTORE_FAILED and others of docs/errors.md
+   * @throws Error with `code`: NO_SUPERVISOR, HOOK_FAILED, CHECKPOINT_FAILED, RESTORE_FAILED and others of docs/errors.md
    */
   fork(options?: ForkOptions, run?: Run): Promise<WorkerChild>
   fork(run: Run): Promise<WorkerChild>
@@ -115,7 +115,7 @@ const agent = shared ?? (createRequire(import.meta.url)('./agent.cjs') as { agen
 /** In a Worker there is no agent to speak to: its process's main thread has it. */
 function main(): Agent {
   if (agent) return agent
-  throw Object.assign(new Error('only the main thread of a process speaks to warmfork'), { code: 'NEEDS_SUPERVISOR' })
+  throw Object.assign(new Error('only the main thread of a process speaks to warmfork'), { code: 'NO_SUPERVISOR' })
 }
 
 function add<A extends unknown[]>(hooks: Hook<A>[], run: (...args: A) => unknown): () => void {
