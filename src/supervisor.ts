@@ -442,6 +442,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         try {
           await untilReady(template, ready, command, signal)
           if (warmup) await warmUp(template, warmup, this.#warmupSurroundings(), signal)
+          await this.#reception?.heard(template.pid, this.#options.hookTimeoutMs)
           return template
         } catch (error) {
           await template.end(0)
@@ -510,6 +511,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     const { memory, descriptors, checkpointTimeoutMs } = this.#options
     let generation: GenerationInfo
     const agents = this.engine === 'criu' ? template.agents : undefined
+    await this.#reception?.heard(template.pid, this.#options.hookTimeoutMs)
     for (const warning of (await agents?.park('template', this.#options.hookTimeoutMs)) ?? [])
       this.#warn('agent', warning)
     let failure: unknown

@@ -100,7 +100,10 @@ describe('samples', () => {
     const files = new Map(samples.map(({ code }, index) => [join(root, 'test', `.sample-${index}.ts`), code]))
     const options: ts.CompilerOptions = {
       ...ts.parseJsonConfigFileContent(JSON.parse(read('tsconfig.json')), ts.sys, root).options,
-      paths: { warmfork: [join(root, 'src/index.ts')] },
+      paths: {
+        warmfork: [join(root, 'src/index.ts')],
+        'warmfork/worker': [join(root, 'src/agents/node/worker.ts')],
+      },
       noEmit: true,
     }
     const host = ts.createCompilerHost(options)
@@ -185,7 +188,7 @@ describe('docs/options.md', () => {
   })
 
   test.each(groups)('has the defaults of %s as the sources say them', (heading, ...names) => {
-    const rows = rowsOf(section(page, heading))
+    const rows = rowsOf(section(page, heading).split('\n### ')[0]!)
     const different = names
       .flatMap((name) => options.get(name) ?? supervisor.get(name) ?? [])
       .filter(({ name, fallback }) => {

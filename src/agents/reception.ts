@@ -6,6 +6,7 @@ import { chmodSync, mkdtempSync, rmSync } from 'node:fs'
 import { createServer, type Server, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
+import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises'
 import { errnoOf, WarmforkError } from '../errors.js'
 import { LineSplitter } from '../lines.js'
 import { peerCredentials } from '../linux/peer.js'
@@ -37,6 +38,8 @@ export class AgentReception {
   readonly #groups = new Map<number, AgentGroup>()
   readonly #waiting = new Set<() => void>()
   readonly #sockets = new Set<Socket>()
+  /** Connections that have not said who they are, by the process that has made each. */
+  readonly #unheard = new Map<Socket, { pid: number; heard: Promise<void> }>()
 
   private constructor(
     options: ReceptionOptions,
@@ -47,7 +50,8 @@ export class AgentReception {
     this.#server = createServer((socket) => {
       this.#sockets.add(socket)
       socket.once('close', () => this.#sockets.delete(socket))
-      void this.#receive(socket)
+      const heard = this.#receive(socket).finally(() => this.#unheard.delete(socket))
+      this.#unheard.set(socket, { pid: credentials(socket)?.pid ?? 0, heard })
     })
     this.#server.maxConnections = MAX_CONNECTIONS
     // A failed accept, since no descriptor is free, must not end the supervisor.
@@ -89,6 +93,21 @@ export class AgentReception {
     this.#groups.set(pid, group)
     for (const settle of this.#waiting) settle()
     return group
+  }
+
+  /**
+   * Waits for those of a program that have connected and not said hello yet: an agent connects before its program's first line of code,
+   * and speaks when the program lets it.
+   */
+  async heard(root: number, timeoutMs: number): Promise<void> {
+    // A connection that waits to be accepted is, in the next turns.
+    for (let turn = 0; turn < 2; turn++) await nextTurn()
+    const unheard = [...this.#unheard.values()].filter(({ pid }) => [pid, ...ancestors(pid)].includes(root))
+    if (unheard.length === 0) return
+    const over = new AbortController()
+    const late = sleep(timeoutMs, undefined, { signal: over.signal, ref: false }).catch(() => {})
+    await Promise.race([Promise.all(unheard.map(({ heard }) => heard)), late])
+    over.abort()
   }
 
   /** Nobody of that program is awaited any more. */

@@ -43,7 +43,6 @@ export interface RunFlags {
   readonly engine?: 'auto' | 'criu' | 'spawn'
   readonly memory?: 'auto' | 'cow' | 'copy'
   readonly identity?: 'fresh' | 'namespace'
-  readonly identity?: 'fresh' | 'namespace'
   readonly tty?: boolean
   readonly afterCheckpoint?: 'continue' | 'end'
   readonly bootTimeout?: number
@@ -126,10 +125,6 @@ export function addRunFlags(command: Command): Command {
 
   choose('--engine <engine>', 'what forks: criu restores, spawn starts anew (default: auto)', ['auto', 'criu', 'spawn'])
   choose('--memory <mode>', 'children share memory (cow) or copy it (default: auto)', ['auto', 'cow', 'copy'])
-  choose('--identity <mode>', 'ids of their own (fresh, the default), or those of the template (namespace)', [
-    'fresh',
-    'namespace',
-  ])
   choose('--identity <mode>', 'ids of their own (fresh, the default), or those of the template (namespace)', [
     'fresh',
     'namespace',
@@ -220,7 +215,6 @@ export function supervisorOptions(command: readonly [string, ...string[]], flags
       warmup: warmup(flags),
       engine: flags.engine,
       memory: flags.memory,
-      identity: flags.identity,
       identity: flags.identity,
       checkpointTimeoutMs: flags.checkpointTimeout,
       forkTimeoutMs: flags.forkTimeout,
