@@ -103,7 +103,7 @@ describe('a file of a generation', () => {
     await failure('GENERATION_CORRUPT', () => made.verify())
   })
 
-  test.each(['image/core-2.img', 'x', 'files/y'])('that does not belong there is found by verify: %s', async (name) => {
+  test.each(['image/core-2.img', 'x', 'files/y', 'ephemeral'])('that does not belong there is found by verify: %s', async (name) => {
     writeFileSync(join(made.directory, name), '')
     expect((await failure('GENERATION_CORRUPT', () => made.verify())).happened).toContain(name)
   })

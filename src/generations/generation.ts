@@ -123,7 +123,7 @@ export class Generation {
     const { files, mappedFiles } = this.manifest
     const known = new Set([
       MANIFEST_FILE,
-      EPHEMERAL_MARK,
+      ...(this.ephemeral ? [EPHEMERAL_MARK] : []),
       ...Object.keys(files),
       ...mappedFiles.map((entry) => entry.keptAs),
     ])
