@@ -371,6 +371,7 @@ export class Child extends EventEmitter<ChildEvents> {
       ...this.#origin,
       pid: this.pid,
       generation: this.generation,
+      forkedPids: this.#process.pids,
       stdioInodes: [0, 1, 2].map((fd) => pipeInode(this.pid, fd)) as [bigint, bigint, bigint],
       channels: this.#agents?.channels() ?? [],
     }

@@ -1,6 +1,6 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, readdirSync, truncateSync, utimesSync, writeFileSync } from 'node:fs'
+import { cpSync, existsSync, readdirSync, rmSync, truncateSync, utimesSync, writeFileSync } from 'node:fs'
 import { open } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
@@ -68,11 +68,21 @@ describe('an ephemeral generation', () => {
     await failure('GENERATION_CORRUPT', () => made.checkUntouched())
   })
 
+  test('goes with its supervisor', async () => {
+    await create(store)
+    await ephemeral()
+    await store.close()
+    expect(directories()).toEqual(['1'])
+  })
+
   test('is removed by the next supervisor, also where a power cut has left nothing of its files', async () => {
     await create(store)
     const made = await ephemeral()
+    cpSync(made.directory, join(shop.directory, 'copy'), { recursive: true })
     await store.close()
+    cpSync(join(shop.directory, 'copy'), made.directory, { recursive: true })
     truncateSync(join(made.directory, 'manifest.json'), 0)
+    rmSync(join(made.directory, 'leases'), { recursive: true })
     const next = await shop.open()
     expect(directories()).toEqual(['1'])
     expect((await next.survey()).broken).toEqual([])

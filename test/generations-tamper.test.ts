@@ -103,10 +103,13 @@ describe('a file of a generation', () => {
     await failure('GENERATION_CORRUPT', () => made.verify())
   })
 
-  test.each(['image/core-2.img', 'x', 'files/y', 'ephemeral'])('that does not belong there is found by verify: %s', async (name) => {
-    writeFileSync(join(made.directory, name), '')
-    expect((await failure('GENERATION_CORRUPT', () => made.verify())).happened).toContain(name)
-  })
+  test.each(['image/core-2.img', 'x', 'files/y', 'ephemeral'])(
+    'that does not belong there is found by verify: %s',
+    async (name) => {
+      writeFileSync(join(made.directory, name), '')
+      expect((await failure('GENERATION_CORRUPT', () => made.verify())).happened).toContain(name)
+    },
+  )
 
   test.each(FILES)('that is a directory now is found when it is opened: %s', async (name) => {
     rmSync(join(made.directory, name))

@@ -327,11 +327,15 @@ export class Store {
     }
   }
 
-  /** Waits for what is in the making, lets go what this process holds and gives the lock back. Twice does no harm. */
+  /**
+   * Waits for what is in the making, lets go what this process holds, removes what is ephemeral and not needed, and gives the
+   * lock back. Twice does no harm.
+   */
   async close(): Promise<void> {
     this.#closed = true
     await Promise.all(this.#creating)
     for (const generation of this.#held) generation.letGo()
+    await this.#leaveEphemeral().catch(() => undefined)
     const lock = this.#lock
     this.#lock = undefined
     if (!lock) return
@@ -398,7 +402,7 @@ export class Store {
 
   /**
    * Removes the ephemeral generations of earlier supervisors; all that are there at the start are such. One whose children
-   * have outlived its supervisor stays as long as they live, and is not used.
+   * have outlived its supervisor stays as long as they live, and is not used. At the end the same of our own.
    */
   async #leaveEphemeral(numbers?: ReadonlySet<number>): Promise<void> {
     if (!this.#lock) return
