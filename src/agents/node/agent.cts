@@ -521,14 +521,14 @@ function load(): Agent | undefined {
   const path = process.env.WARMFORK_SOCKET
   if (!threads.isMainThread) {
     if (path === undefined) return undefined
-    randomness.replaceMathRandom()
+    randomness.stand()
     threads.serveThread()
     return undefined
   }
   const agent = new Agent()
   Object.defineProperty(globalThis, KEY, { value: agent })
   if (path !== undefined) {
-    randomness.replaceMathRandom()
+    randomness.stand()
     agent.connect(path)
   }
   return agent
