@@ -237,6 +237,20 @@ describe('a fork that maps a file which was replaced since', () => {
     expect(await answerOf(fork.number)).toMatch(/^ok /)
     await lab.forget(fork.number)
   })
+
+  it('is refused where it is older than the replacement', async () => {
+    const program = join(lab.fresh('program'), 'randmap')
+    copyFileSync(randmap, program)
+    const template = lab.start([program, '7', '20'])
+    await template.talk.untilReady()
+    const { number } = await lab.checkpoint(template, 'cow', { durable: false })
+    const child = await lab.fork(number)
+    copyFileSync('/bin/true', `${program}.new`)
+    renameSync(`${program}.new`, program)
+    await expect(lab.checkpoint(child, 'cow')).rejects.toMatchObject({ code: 'CHECKPOINT_FAILED' })
+    await lab.endAll()
+    await lab.forget(number)
+  })
 })
 
 describe('a generation that is not durable', () => {
