@@ -230,3 +230,51 @@ describe('several supervisors', () => {
     expect((await ended).code).toBe(143)
   })
 })
+
+const GIVEN = [process.execPath, join(import.meta.dirname, 'fixtures/cli/given.mjs')]
+
+describe.skipIf(!ENGINES.includes('criu'))('fork, of a program with an agent', () => {
+  const terminal = new Terminal()
+  beforeAll(async () => {
+    await terminal.run('shop', ['--secret', 'TOKEN'], GIVEN, { env: { TOKEN: 'hidden', GONE: 'x' } })
+  })
+  afterAll(() => terminal.leave())
+  const fork = (args: string[]) => terminal.call(['fork', ...terminal.here, ...args], { input: 'look\n' })
+
+  test('arguments, variables, the directory and the payload are given to it', async () => {
+    const given = [
+      '--env',
+      'A=b c',
+      '--unset-env',
+      'GONE',
+      '--cwd',
+      '/',
+      '--data',
+      '{"n":[1]}',
+      '--',
+      'first',
+      '--second',
+      '',
+    ]
+    const { stdout, code } = await fork(given)
+    expect(JSON.parse(stdout)).toEqual({
+      args: ['first', '--second', ''],
+      env: { A: 'b c', TOKEN: 'hidden' },
+      cwd: '/',
+      data: { n: [1] },
+    })
+    expect(code).toBe(0)
+  })
+
+  test('without any, it has its secrets', async () => {
+    expect(JSON.parse((await fork([])).stdout)).toMatchObject({
+      args: [],
+      env: { GONE: 'x', TOKEN: 'hidden' },
+      data: null,
+    })
+  })
+
+  test('what is no JSON is refused', async () => {
+    expect(await fork(['--data', '{'])).toMatchObject({ code: 2, stderr: expect.stringContaining('It is no JSON') })
+  })
+})

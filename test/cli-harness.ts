@@ -95,10 +95,15 @@ export class Terminal {
   }
 
   /** A supervisor, once forks can be had. */
-  async run(name: string, args: readonly string[] = [], command: readonly string[] = APP): Promise<Running> {
+  async run(
+    name: string,
+    args: readonly string[] = [],
+    command: readonly string[] = APP,
+    options: CallOptions = {},
+  ): Promise<Running> {
     const flags = ['--json', '--name', name, '--store', this.store, ...this.here]
     const ready = args.some((arg) => arg.startsWith('--ready')) ? [] : ['--ready-output', 'ready']
-    const started = await this.start(['run', ...flags, ...ready, ...args, '--', ...command])
+    const started = await this.start(['run', ...flags, ...ready, ...args, '--', ...command], options)
     const ended = collect(started)
     const { pid, socket } = JSON.parse(await until(started.stdout, ended, /\n/)) as { pid: number; socket: string }
     const running = { ...started, name, pid, socket, ended }
