@@ -7,13 +7,21 @@ import { IdAllocator } from '../src/linux/ids.js'
 import { idInUse } from '../src/linux/libc.js'
 
 describe('what criu is told', () => {
-  const dump = { pid: 42, directory: '/images', logFile: 'dump.log', unprivileged: false, timeoutMs: 2500, external: [] }
+  const dump = {
+    pid: 42,
+    directory: '/images',
+    logFile: 'dump.log',
+    unprivileged: false,
+    timeoutMs: 2500,
+    external: [],
+  }
 
   it('leaves the source running, with its connections, and waits for it in whole seconds', () => {
     const args = dumpArguments(dump)
     expect(args.slice(0, 5)).toEqual(['dump', '--tree', '42', '--images-dir', '/images'])
     expect(args).toContain('--leave-running')
     expect(args).toContain('--tcp-close')
+    expect(args).toContain('--skip-in-flight')
     expect(args[args.indexOf('--timeout') + 1]).toBe('3')
     expect(args).not.toContain('--unprivileged')
   })

@@ -213,6 +213,22 @@ describe('a chain of generations', () => {
   })
 })
 
+describe('a source with a connection that waits to be accepted', () => {
+  it('is checkpointed, and accepts it afterwards', async () => {
+    const template = lab.start([process.execPath, join(PROGRAMS, 'warmer.mjs')])
+    const port = Number((await template.talk.untilReady())[0]!.split(' ')[1])
+    await untilAtRest(template.pid)
+    await template.stop()
+    const answer = request(port)
+    await delay(20)
+    const { number } = await lab.checkpoint(template, 'cow', { durable: false })
+    template.goOn()
+    expect(await answer).toBe('1')
+    await lab.end(template)
+    await lab.forget(number)
+  })
+})
+
 describe('a fork that maps a file which was replaced since', () => {
   it('is checkpointed with the file that its generation kept, under its first name', async () => {
     const program = join(lab.fresh('program'), 'randmap')

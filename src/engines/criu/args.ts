@@ -27,6 +27,8 @@ export function dumpArguments({ pid, directory, logFile, unprivileged, timeoutMs
     '--manage-cgroups=ignore',
     // The source keeps its connections and a child sees them closed.
     '--tcp-close',
+    // What waits to be accepted stays where it is: the supervisor has the same listening socket, and so have its children.
+    '--skip-in-flight',
     // Locks are recorded so that the dump succeeds; prepare drops them.
     '--file-locks',
     ...['--ghost-limit', String(GHOST_LIMIT_BYTES)],
