@@ -8,9 +8,8 @@ import { chmodSync, mkdirSync, rmdirSync, rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { destination, type Logger, pino } from 'pino'
-import { type AgentFiles, agentEnvironment, installAgents } from './agents/injection.js'
+import { AgentDesk } from './agents/desk.js'
 import { payloadValue } from './agents/protocol.js'
-import type { AgentReception } from './agents/reception.js'
 import { CrashBackoff } from './backoff.js'
 import { Child, type ChildStats, type Resumption } from './child.js'
 import { endTrees } from './ending.js'
@@ -158,13 +157,10 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   #template: Template | undefined
   #readyMs = 0
   #source: ForkSource | undefined
-  #reception: AgentReception | undefined
-  #agentFiles: AgentFiles | undefined
+  #agents: AgentDesk | undefined
   #workerForks: WorkerForks | undefined
   /** What the first checkpoint was taken of. */
   #origin: SourceProcess | undefined
-  /** Withheld from the template, for each fork. */
-  #secrets: Readonly<Record<string, string>> = {}
   #pool: Pool | undefined
 
   private constructor(options: ResolvedOptions) {
@@ -256,7 +252,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       hasTerminal: this.#options.template.tty !== undefined,
       whyNoAgent: this.#whyNoAgent,
     })
-    const resumption = { size, input: { ...input, env: { ...this.#secrets, ...input.env } } }
+    const resumption = { size, input: { ...input, env: { ...this.#agents!.secrets, ...input.env } } }
     request.signal?.throwIfAborted()
     await this.#waitForTurn(request.signal)
     const startedAt = performance.now()
@@ -326,7 +322,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     signal.throwIfAborted()
     this.#engine = await this.#openEngine()
     signal.throwIfAborted()
-    await this.#openReception()
+    this.#agents = await this.#openAgents()
     signal.throwIfAborted()
 
     const template = await this.#phase('boot', async () => {
@@ -442,7 +438,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         try {
           await untilReady(template, ready, command, signal)
           if (warmup) await warmUp(template, warmup, this.#warmupSurroundings(), signal)
-          await this.#reception?.heard(template.pid, this.#options.hookTimeoutMs)
+          await this.#agents?.heard(template)
           return template
         } catch (error) {
           await template.end(0)
@@ -473,13 +469,8 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       stdio,
     )
     this.#guard?.track(template.pid, template.startTicks)
-    template.agents = this.#reception?.expect(template.pid)
-    template.agents?.on('broken', (link, reason) => this.#warnBroken(link.pid, reason))
-    template.exited.then(() => {
-      this.#guard?.forget(template.pid)
-      this.#reception?.forget(template.pid)
-      template.agents?.close()
-    })
+    this.#agents?.expect(template)
+    template.exited.then(() => this.#guard?.forget(template.pid))
     return template
   }
 
@@ -490,8 +481,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       ? { USER: identity.name, LOGNAME: identity.name, ...(identity.home ? { HOME: identity.home } : {}) }
       : {}
     const known: Record<string, string> = { ...this.#options.env, ...own, [this.#mark]: '1' }
-    for (const name of Object.keys(this.#secrets)) delete known[name]
-    const env = this.#reception ? agentEnvironment(known, this.#reception.path, this.#agentFiles) : known
+    const env = this.#agents?.environment(known) ?? known
     if (this.#engine?.name !== 'criu') return env
     const { installShim, preloadEnvironment, shimPath, whyNotPreloadable } = await import('./shim/shim.js')
     const built = shimPath()
@@ -511,7 +501,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     const { memory, descriptors, checkpointTimeoutMs } = this.#options
     let generation: GenerationInfo
     const agents = this.engine === 'criu' ? template.agents : undefined
-    await this.#reception?.heard(template.pid, this.#options.hookTimeoutMs)
+    await this.#agents?.heard(template)
     for (const warning of (await agents?.park('template', this.#options.hookTimeoutMs)) ?? [])
       this.#warn('agent', warning)
     let failure: unknown
@@ -549,7 +539,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
    */
   #checkAgents(source: SourceProcess): void {
     const parked = new Set(source.channels.flatMap(({ pid, agent }) => (agent.parked ? [pid] : [])))
-    if (Object.keys(this.#secrets).length > 0 && parked.size === 0) {
+    if (Object.keys(this.#agents?.secrets ?? {}).length > 0 && parked.size === 0) {
       throw new WarmforkError('NEEDS_AGENT', {
         tried: 'withhold `template.secrets` from the template',
         happened: `${this.#whyNoAgent ?? 'its program runs no agent'}, and nobody could hand them to its forks`,
@@ -564,38 +554,24 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   /** Undefined where forks can be given something. */
   get #whyNoAgent(): string | undefined {
-    if (!this.#options.agent) return 'agents are switched off (`agent: false`)'
-    const agents = this.#source?.channels.map(({ agent }) => agent) ?? []
-    if (agents.some(({ worker, parked }) => worker && parked)) return undefined
-    if (this.engine === 'spawn' && this.#template?.agents?.worker) return undefined
-    return agents.length > 0 ? 'its agent gave no answer at the checkpoint' : 'its program runs no agent'
+    // Forks of the spawn engine are booted, each with agents of its own.
+    const live = this.engine === 'spawn' ? this.#template?.agents : undefined
+    return this.#agents?.whyNone(this.#source?.channels ?? [], live)
   }
 
-  /** Where agents connect. Workers of another user get copies of the agents that they can read. */
-  async #openReception(): Promise<void> {
-    const { agent, env, template } = this.#options
-    this.#secrets = Object.fromEntries(
-      template.secrets.flatMap((name) => (env[name] === undefined ? [] : [[name, env[name]]])),
-    )
-    if (!agent || process.platform !== 'linux') return
-    // Loaded here, since it does not load anywhere else than on Linux.
-    const { AgentReception } = await import('./agents/reception.js')
-    this.#reception = await AgentReception.open({
+  #openAgents(): Promise<AgentDesk> {
+    const { agent, env, template, hookTimeoutMs } = this.#options
+    const others = this.#identity !== undefined && this.#identity.uid !== process.getuid?.()
+    return AgentDesk.open({
+      enabled: agent,
+      env,
+      secrets: template.secrets,
       directory: this.#directory,
+      copyTo: others && this.#engine?.name === 'criu' ? join(this.store, this.name, 'agents') : undefined,
+      hookTimeoutMs,
       removeAtEnd: (path) => this.#guard?.removeAtEnd(path),
       warn: (message) => this.#warn('agent', message),
     })
-    const others = this.#identity !== undefined && this.#identity.uid !== process.getuid?.()
-    if (others && this.#engine?.name === 'criu') {
-      this.#agentFiles = installAgents(join(this.store, this.name, 'agents'))
-    }
-  }
-
-  #warnBroken(pid: number, reason: string): void {
-    this.#warn(
-      'agent',
-      `the connection of the agent of process ${pid} was closed: ${reason}; it goes on as one without`,
-    )
   }
 
   /** Serves what programs ask for through their agents. */
@@ -637,7 +613,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     const { template, hookTimeoutMs } = this.#options
     const child = new Child(forked, { stopTimeoutMs: template.stopTimeoutMs, hookTimeoutMs, origin: this.#origin! })
     child.on('hooksFailed', (error) => this.#warn('hooks', error.message, error))
-    child.agents?.on('broken', (link, reason) => this.#warnBroken(link.pid, reason))
+    if (child.agents) this.#agents?.watch(child.agents)
     return child
   }
 
@@ -749,7 +725,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     await step(() => this.#workerForks?.close())
     await step(() => this.#source?.close())
     await step(() => this.#engine?.close())
-    await step(() => this.#reception?.close())
+    await step(() => this.#agents?.close())
     // It ends what is left, and removes our directory.
     await step(() => this.#guard?.end())
     await step(() => this.#engine?.settled?.())

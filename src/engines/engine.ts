@@ -3,11 +3,13 @@
  * Two engines exist: `criu` (the real one) and `spawn` (a cold start behind the same interface, where CRIU cannot run).
  */
 import type { Readable, Writable } from 'node:stream'
+import type { ForkedChannel, SourceChannel } from '../agents/channel.js'
 import type { AgentGroup } from '../agents/group.js'
-import type { AgentRecord } from '../agents/protocol.js'
 import type { DescriptorPolicies } from '../descriptors/policies.js'
 import type { ExitStatus } from '../linux/reaper.js'
 import type { Terminal } from '../terminal.js'
+
+export type { ForkedChannel, SourceChannel } from '../agents/channel.js'
 
 export type EngineName = 'criu' | 'spawn'
 
@@ -42,28 +44,6 @@ export interface SourceProcess {
 export interface SourceTerminal {
   readonly rdev: number
   readonly dev: number
-}
-
-/** A connection of a process of the source to the supervisor. */
-export interface SourceChannel {
-  readonly pid: number
-  /** Of the process's end. */
-  readonly inode: number
-  readonly agent: AgentRecord
-}
-
-/** What a fork has in place of a `SourceChannel`. */
-export interface ForkedChannel {
-  readonly source: SourceChannel
-  /** The process of the fork, by the id that it has outside of its pid namespace. */
-  readonly hostPid: number
-  /** The same process, and its parent, by the ids that they themselves see; 0 where the parent is in another namespace. */
-  readonly pid: number
-  readonly ppid: number
-  /** Fresh ids of the process's threads, by those in the source. */
-  readonly threads: ReadonlyMap<number, number>
-  /** Our end of the connection; the taker closes it. */
-  readonly fd: number
 }
 
 export interface CheckpointOptions {
