@@ -5,6 +5,7 @@
 import { writeSync } from 'node:fs'
 import { createServer } from 'node:http'
 import { monitorEventLoopDelay } from 'node:perf_hooks'
+import { setTimeout as sleep } from 'node:timers/promises'
 
 const { worker } = process.env.WARMFORK_SOCKET ? await import('../dist/agents/node/worker.js') : {}
 const wantedBytes = Number(process.argv[2]) * 1024 * 1024
@@ -29,11 +30,13 @@ const say = (value) => writeSync(1, `${JSON.stringify(value)}\n`)
  * The longest time between two turns of the event loop while something goes on. Measured natively: a loop of our own would fill
  * the young generation again and again, which is what the next checkpoint would then write.
  */
+const delays = monitorEventLoopDelay({ resolution: 1 })
+delays.enable()
 async function pauseDuring(action) {
-  const delays = monitorEventLoopDelay({ resolution: 1 })
-  delays.enable()
+  delays.reset()
+  // The first turn after a reset is not counted.
+  await sleep(2)
   await action()
-  delays.disable()
   return delays.max / 1e6
 }
 

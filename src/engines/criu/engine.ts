@@ -311,10 +311,12 @@ export class CriuEngine implements Engine {
   }
 
   async open(number: number, { ahead = AHEAD }: OpenOptions = {}): Promise<ForkSource> {
-    const generation = await this.store.get(number)
+    // What was made here a moment ago need not be read again.
+    const unopened = this.#unopened.get(number)
+    const generation = unopened ?? (await this.store.get(number))
     const { paths } = generation.manifest.engineData as unknown as EngineData
     this.#remakePaths(paths)
-    this.#checkFit(generation)
+    if (!unopened) this.#checkFit(generation)
     const source = new CriuForkSource({
       launcher: this.#launcher,
       generation,
@@ -327,7 +329,7 @@ export class CriuEngine implements Engine {
       ahead,
     })
     this.#sources.add(source)
-    this.#unopened.get(number)?.letGo()
+    unopened?.letGo()
     this.#unopened.delete(number)
     return source
   }
