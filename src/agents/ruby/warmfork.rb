@@ -6,7 +6,7 @@
 module Warmfork
   VERSION = '0.1.0'
 
-  # `code` says what went wrong: NEEDS_AGENT (no supervisor to ask), BAD_OPTION, or what the supervisor answered.
+  # `code` says what went wrong: NO_SUPERVISOR (no supervisor to ask), BAD_OPTION, or what the supervisor answered.
   class Error < StandardError
     attr_reader :code
 
@@ -133,7 +133,7 @@ module Warmfork
     attr_reader :session
 
     def session!
-      raise Error.new('NEEDS_AGENT', 'no supervisor of warmfork is connected') unless @session&.open?
+      raise Error.new('NO_SUPERVISOR', 'no supervisor of warmfork is connected') unless @session&.open?
 
       @session
     end

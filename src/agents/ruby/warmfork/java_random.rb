@@ -88,8 +88,9 @@ module Warmfork
         java.lang.Thread.getAllStackTraces.keySet.each { |thread| @unsafe.putLong(thread, @seed_of_thread, long(seed)) }
       end
 
+      # Each of Ruby's threads has a generator, on which its OpenSSL draws.
       def contexts
-        JRuby.runtime.getThreadService.getActiveRubyThreads.filter_map { |thread| attempt { thread.getContext } }
+        Thread.list.filter_map { |thread| JRuby.ref(thread).getContext }
       end
 
       def pid_of_handle

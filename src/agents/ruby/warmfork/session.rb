@@ -363,13 +363,13 @@ module Warmfork
         @calls.values
       end
       @lost = message
-      calls.each { |call| call.queue.push(Error.new('NEEDS_AGENT', "the supervisor is gone: #{message}")) }
+      calls.each { |call| call.queue.push(Error.new('NO_SUPERVISOR', "the supervisor is gone: #{message}")) }
       close ? @wire.close : @wire.give_up
       nil
     end
 
     def raise_lost
-      raise Error.new('NEEDS_AGENT', "the supervisor is gone: #{@lost || 'the connection was closed'}")
+      raise Error.new('NO_SUPERVISOR', "the supervisor is gone: #{@lost || 'the connection was closed'}")
     end
 
     def change
