@@ -239,7 +239,7 @@ describe('identity', () => {
       inotify: one,
       fanotify: one,
       external: one,
-      tty: one,
+      tty: { ...one, infoId: 0, flags: 0 },
       memfd: one,
       bpfMap: one,
     }
