@@ -187,6 +187,10 @@ class ParentForks {
         const happened = 'the spawn engine starts each fork cold, and cannot copy a process'
         throw new WarmforkError('ENGINE_UNSUPPORTED', { tried: 'fork a running process', happened })
       }
+      if (this.#parent.source().terminal) {
+        const happened = 'it is on a terminal, which two processes of two sessions cannot share'
+        throw new WarmforkError('ENGINE_UNSUPPORTED', { tried: 'fork a running process', happened })
+      }
       if (this.#closed) throw new WarmforkError('STOPPED', { tried: 'fork', happened: 'the supervisor was stopped' })
       for (const warning of await agents.park('fork', this.#options.hookTimeoutMs)) this.#options.warn(warning)
       // Whatever was asked for before it was parked is answered by this checkpoint.

@@ -122,4 +122,17 @@ describe.skipIf(!ENGINES.includes('criu'))('a terminal of its own', () => {
     expect(() => child.stdout).toThrow(/BAD_OPTION.*terminal/s)
     await expect(supervisor.fork({ stdio: 'inherit' })).rejects.toMatchObject({ code: 'BAD_OPTION' })
   })
+
+  test('is not shared with a fork that its program asks for', async () => {
+    const app = `import('${new URL('../dist/agents/node/worker.js', import.meta.url)}').then(({ worker }) => {
+      worker.on('message', () => worker.fork().catch(({ code }) => worker.send(code)))
+      worker.ready()
+    }); setInterval(() => {}, 1000)`
+    const supervisor = await start({ command: [process.execPath, '-e', app], ready: { agent: true } })
+    const child = await supervisor.fork()
+    await child.ready
+    const answer = new Promise((resolve) => child.once('message', resolve))
+    child.send('fork')
+    expect(await answer).toBe('ENGINE_UNSUPPORTED')
+  })
 })
