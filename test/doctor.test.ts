@@ -10,7 +10,7 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, vi } 
 import { formatResult, formatVerdict } from '../src/cli/doctor.js'
 import { type CheckResult, type DoctorReport, doctor } from '../src/doctor/doctor.js'
 import { judgeCapabilities, judgeKernel, judgeOpenFiles, judgePidMax } from '../src/doctor/kernel.js'
-import { checkGuard, checkShim } from '../src/doctor/native.js'
+import { checkGuard, checkInit, checkShim } from '../src/doctor/native.js'
 import { judgeCopyMeans, judgeSpace, mountFor } from '../src/doctor/store.js'
 import { tryCriu } from '../src/doctor/trial.js'
 import { type Criu, findCriu } from '../src/engines/criu/binary.js'
@@ -295,6 +295,7 @@ describe('what is found is judged', () => {
   it('by the native parts that are there', () => {
     expect(checkShim(directory).status).toBe('warn')
     expect(checkGuard(directory).status).toBe('fail')
+    expect(checkInit(directory).status).toBe('warn')
   })
 })
 

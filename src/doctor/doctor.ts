@@ -19,7 +19,7 @@ import {
   checkSeccomp,
   checkYama,
 } from './kernel.js'
-import { checkCompiler, checkGuard, checkShim } from './native.js'
+import { checkCompiler, checkGuard, checkInit, checkShim } from './native.js'
 import { checkExec, checkLinks, checkRuntimeDirectory, checkSpace, checkStore } from './store.js'
 
 export type { CheckResult, CheckStatus } from './check.js'
@@ -58,6 +58,7 @@ const CHECKS: readonly Check[] = [
   checkBreakpoints,
   () => checkShim(),
   () => checkGuard(),
+  () => checkInit(),
   checkCompiler,
   checkStore,
   checkExec,

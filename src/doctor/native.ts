@@ -34,6 +34,18 @@ export function checkGuard(directory: string = NATIVE_DIRECTORY): CheckResult {
   }
 }
 
+export function checkInit(directory: string = NATIVE_DIRECTORY): CheckResult {
+  const file = join(directory, 'warmfork-init')
+  if (existsSync(file)) return { name: 'init', status: 'ok', found: 'built' }
+  return {
+    name: 'init',
+    status: 'warn',
+    found: `${file} is missing`,
+    cost: "no forks with `identity: 'namespace'`",
+    remedy: buildRemedy(),
+  }
+}
+
 function buildRemedy(): string {
   return existsSync(join(PACKAGE_ROOT, 'scripts/build-native.mjs'))
     ? 'Install a C compiler (gcc, libc6-dev), then `node scripts/build-native.mjs`.'
