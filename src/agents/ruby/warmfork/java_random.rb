@@ -20,7 +20,7 @@ module Warmfork
     class << self
       # Before a checkpoint, which pays for the loading of classes.
       def prepare
-        return if @secure
+        return openssl if @secure
 
         @secure = SHARED.filter_map { |name| attempt { java.security.SecureRandom.getInstance(name) } }
         @unsafe = attempt { unsafe }
@@ -36,6 +36,7 @@ module Warmfork
         (@secure || []).each { |generator| attempt { generator.setSeed(bytes) } }
         contexts.each { |context| attempt { context.secureRandom&.setSeed(bytes) } }
         attempt { JRuby.runtime.getRandom.setSeed(long(seed)) }
+        openssl.each { |generator| attempt { generator.reseed(bytes) } }
         @static ||= @unsafe ? STATIC.filter_map { |name, field| attempt { static(name, field) } } : []
         @static.each { |value| attempt { renew_static(value, bytes, seed) } }
         attempt { renew_threads(seed) } if @seed_of_thread
@@ -91,6 +92,20 @@ module Warmfork
       # Each of Ruby's threads has a generator, on which its OpenSSL draws.
       def contexts
         Thread.list.filter_map { |thread| JRuby.ref(thread).getContext }
+      end
+
+      # What Ruby's OpenSSL draws on in JRuby: generators of Bouncy Castle's, to which a new seed says nothing.
+      def openssl
+        return [] unless defined?(OpenSSL::Random)
+
+        @openssl ||= %w[Default NonceAndIV].filter_map do |name|
+          attempt do
+            name = "org.bouncycastle.jcajce.provider.drbg.DRBG$#{name}"
+            field = java.lang.Class.forName(name, true, JRuby.runtime.getJRubyClassLoader).getDeclaredField('random')
+            field.setAccessible(true)
+            field.get(nil)
+          end
+        end
       end
 
       def pid_of_handle

@@ -10,8 +10,8 @@ module Warmfork
 
     # Kernel#syscall keeps Ruby's lock for as long as the call takes, which no method of IO does.
     SYSTEM_CALLS = {
-      /\Ax86_64-linux/ => { read: 0, write: 1, getpid: 39, chdir: 80 },
-      /\A(?:aarch64|arm64|riscv64)-linux/ => { read: 63, write: 64, getpid: 172, chdir: 49 },
+      /\Ax86_64-linux/ => { read: 0, write: 1, close: 3, getpid: 39, chdir: 80, pipe2: 293 },
+      /\A(?:aarch64|arm64|riscv64)-linux/ => { read: 63, write: 64, close: 57, getpid: 172, chdir: 49, pipe2: 59 },
     }.find { |platform, _| platform.match?(RUBY_PLATFORM) }&.last
     SYSTEM_CALLS_WORK = SYSTEM_CALLS && Kernel.respond_to?(:syscall, true)
 
@@ -35,6 +35,10 @@ module Warmfork
       # What a fork needs is loaded before the checkpoint: each would load it again.
       def prepare
         require 'json'
+        return unless SYSTEM_CALLS_WORK && RUBY_VERSION < '3.3'
+
+        require_relative 'mri_pid'
+        RememberedPid.find
       end
 
       # Without a thread switch for some 0.7 s: a thread of priority 3 has eight times the usual slice of 100 ms. Hooks that wait,
@@ -56,6 +60,7 @@ module Warmfork
       end
 
       def renew_ids(message)
+        RememberedPid.renew if defined?(RememberedPid)
         remember_pid
         remember_thread_ids(message['threads'] || {})
       end
