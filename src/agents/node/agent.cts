@@ -6,6 +6,8 @@
 import events = require('node:events')
 import fs = require('node:fs')
 import net = require('node:net')
+
+import connections = require('./connections.cjs')
 import randomness = require('./randomness.cjs')
 import threads = require('./threads.cjs')
 
@@ -14,6 +16,8 @@ const PROTOCOL = 1
 const VERSION = '0.1.0'
 /** EX_SOFTWARE: what a fork ends with whose hooks failed. */
 const FAILED_STATUS = 70
+/** The longest line to an agent. */
+const MAX_LINE_BYTES = 16 << 20
 
 type Text = string | { base64: string }
 type Payload = { json: unknown } | { base64: string }
@@ -79,6 +83,11 @@ interface Hook<A extends unknown[]> {
   readonly run: (...args: A) => unknown
 }
 
+interface Exit {
+  readonly code: number | null
+  readonly signal: string | null
+}
+
 class AgentError extends Error {
   override readonly name = 'WarmforkWorkerError'
   constructor(
@@ -86,6 +95,43 @@ class AgentError extends Error {
     message: string,
   ) {
     super(message)
+  }
+}
+
+/** A fork, in the process that asked for it. */
+class Offspring {
+  readonly exited: Promise<Exit>
+  readonly #listeners: ((data: unknown) => void)[] = []
+  /** What comes before somebody listens: who asks for several forks at once has the first one when the last one is there. */
+  #early: unknown[] | undefined = []
+  #settle!: (exit: Exit) => void
+
+  constructor(
+    readonly pid: number,
+    readonly generation: number,
+  ) {
+    this.exited = new Promise((resolve) => {
+      this.#settle = resolve
+    })
+  }
+
+  onMessage(listener: (data: unknown) => void): void {
+    this.#listeners.push(listener)
+    if (this.#listeners.length > 1) return
+    queueMicrotask(() => {
+      const early = this.#early ?? []
+      this.#early = undefined
+      for (const data of early) this.hear(data)
+    })
+  }
+
+  hear(data: unknown): void {
+    if (this.#early) this.#early.push(data)
+    else for (const listener of [...this.#listeners]) listener(data)
+  }
+
+  end(exit: Exit): void {
+    this.#settle(exit)
   }
 }
 
@@ -100,14 +146,19 @@ class Agent extends events.EventEmitter {
   readonly after: Hook<[]>[] = []
   readonly onFork: Hook<[ForkPayload]>[] = []
   payload: ForkPayload | undefined
-  readonly #threads = new threads.Threads()
+  #threads: InstanceType<typeof threads.Threads> | undefined
   readonly #calls = new Map<number, Call>()
-  readonly #children = new Map<number, events.EventEmitter>()
+  readonly #children = new Map<number, Offspring>()
   #sequence = 0
+  /** For how many answers and ends the process is kept running. */
+  #awaited = 0
   #socket: net.Socket | undefined
   #identity = ''
-  #kept = Buffer.alloc(0)
-  #readySaid = false
+  /** Of a line whose end has not come. */
+  #part: Buffer[] = []
+  #partBytes = 0
+  /** What has come and is not obeyed yet. */
+  readonly #messages: Message[] = []
   #parking = false
 
   /** Whether a supervisor answers. */
@@ -116,30 +167,26 @@ class Agent extends events.EventEmitter {
   }
 
   connect(path: string): void {
+    this.#threads = new threads.Threads()
     const socket = net.connect(path)
     socket.unref()
     socket.on('error', () => this.#leave())
     socket.on('close', () => this.#leave())
-    socket.on('data', (chunk: Buffer) => this.#read(chunk))
-    socket.once('connect', () => {
-      this.#identity = identityOf(this.#fd)
-      this.#say({
-        type: 'hello',
-        protocol: PROTOCOL,
-        agent: `node/${VERSION}`,
-        runtime: 'node',
-        version: process.versions.node,
-        pid: process.pid,
-        fd: this.#fd,
-      })
-      if (this.#readySaid) this.#say({ type: 'ready' })
+    socket.on('data', (chunk: Buffer) => {
+      if (this.#take(chunk)) this.#obeyAll()
+      else this.#leave()
     })
     this.#socket = socket
+    // The descriptor is there already. So this is written first when the connection is, whatever the program says until then.
+    const fd = this.#fd
+    this.#identity = identityOf(fd)
+    const { pid, versions } = process
+    const about = { agent: `node/${VERSION}`, runtime: 'node', version: versions.node, pid, fd }
+    this.#say({ type: 'hello', protocol: PROTOCOL, ...about })
   }
 
   ready(): void {
-    this.#readySaid = true
-    if (this.#socket && !this.#socket.connecting) this.#say({ type: 'ready' })
+    if (this.#socket) this.#say({ type: 'ready' })
   }
 
   send(data: unknown, to?: number | 'parent'): void {
@@ -148,11 +195,7 @@ class Agent extends events.EventEmitter {
   }
 
   /** Resolves in this process alone. In the fork `run` is called, and nobody waits any more. */
-  fork(
-    data: unknown,
-    run: Run | undefined,
-    generation?: number,
-  ): Promise<{ pid: number; generation: number; events: events.EventEmitter }> {
+  fork(data: unknown, run: Run | undefined, generation?: number): Promise<Offspring> {
     return new Promise((resolve, reject) => {
       const members = {
         ...(generation === undefined ? {} : { generation }),
@@ -161,11 +204,19 @@ class Agent extends events.EventEmitter {
       this.#call('fork', members, run, ({ pid, generation, error }) => {
         if (error || pid === undefined)
           return reject(new AgentError(error?.code ?? 'RESTORE_FAILED', error?.message ?? 'no fork came'))
-        const child = new events.EventEmitter()
+        const child = new Offspring(pid, generation!)
         this.#children.set(pid, child)
-        resolve({ pid, generation: generation!, events: child })
+        resolve(child)
       })
     })
+  }
+
+  /** The process is kept running until that fork ends. */
+  async exitOf(child: Offspring): Promise<Exit> {
+    this.#await(1)
+    const exit = await child.exited
+    this.#await(-1)
+    return exit
   }
 
   keep(run: Run | undefined): Promise<number> {
@@ -186,16 +237,22 @@ class Agent extends events.EventEmitter {
     if (!this.#socket) throw noSupervisor()
     const id = ++this.#sequence
     this.#calls.set(id, { kind, settle, run })
-    // Somebody waits for the answer.
-    this.#socket.ref()
+    this.#await(1)
     this.#say({ type: kind, id, ...members })
   }
 
   #answered(id: number, message: Answer): void {
     const call = this.#calls.get(id)
+    if (!call) return
     this.#calls.delete(id)
-    if (this.#calls.size === 0) this.#socket?.unref()
-    call?.settle(message)
+    this.#await(-1)
+    call.settle(message)
+  }
+
+  #await(more: number): void {
+    this.#awaited += more
+    if (this.#awaited > 0) this.#socket?.ref()
+    else this.#socket?.unref()
   }
 
   get #handle(): Handle {
@@ -228,31 +285,33 @@ class Agent extends events.EventEmitter {
       socket.destroy()
     const error = { code: 'NO_SUPERVISOR', message: 'the connection to the supervisor is lost' }
     for (const id of [...this.#calls.keys()]) this.#answered(id, { error })
+    for (const child of this.#children.values()) child.end({ code: null, signal: null })
+    this.#children.clear()
     this.emit('disconnect')
   }
 
-  #read(chunk: Buffer): void {
-    this.#kept = Buffer.concat([this.#kept, chunk])
-    this.#obeyKept()
-  }
-
-  #obeyKept(): void {
-    while (!this.#parking) {
-      const line = this.#line()
-      if (line === undefined) return
-      this.#obey(line)
+  /** @returns false for a line without an end */
+  #take(chunk: Buffer): boolean {
+    let start = 0
+    for (let end = chunk.indexOf(10); end >= 0; end = chunk.indexOf(10, start)) {
+      const message = messageOf(Buffer.concat([...this.#part, chunk.subarray(start, end)]))
+      if (message) this.#messages.push(message)
+      this.#part = []
+      this.#partBytes = 0
+      start = end + 1
     }
+    const rest = chunk.length - start
+    // The chunk is not ours to keep.
+    if (rest > 0) this.#part.push(Buffer.from(chunk.subarray(start)))
+    this.#partBytes += rest
+    return this.#partBytes <= MAX_LINE_BYTES
   }
 
-  #line(): Message | undefined {
-    const end = this.#kept.indexOf(10)
-    if (end < 0) return undefined
-    const text = this.#kept.toString('utf8', 0, end)
-    this.#kept = this.#kept.subarray(end + 1)
-    try {
-      return JSON.parse(text) as Message
-    } catch {
-      return { type: 'error', message: 'no JSON' }
+  #obeyAll(): void {
+    while (!this.#parking) {
+      const message = this.#messages.shift()
+      if (!message) return
+      this.#obey(message)
     }
   }
 
@@ -265,7 +324,7 @@ class Agent extends events.EventEmitter {
         this.#parking = true
         void this.#park(message.id, message.timeoutMs).finally(() => {
           this.#parking = false
-          this.#obeyKept()
+          this.#obeyAll()
         })
         return
       case 'forkResult':
@@ -273,72 +332,74 @@ class Agent extends events.EventEmitter {
         this.#answered(message.id, message)
         return
       case 'childExit':
-        this.#children.get(message.pid)?.emit('exit', message.code, message.signal)
+        this.#children.get(message.pid)?.end({ code: message.code ?? null, signal: message.signal ?? null })
         this.#children.delete(message.pid)
         return
       case 'message': {
+        if (!message.data) return
         const value = payloadValue(message.data)
         const child = typeof message.from === 'number' ? this.#children.get(message.from) : undefined
-        if (child) child.emit('message', value)
+        if (child) child.hear(value)
         else this.emit('message', value, message.from)
       }
     }
   }
 
   async #park(id: number, timeoutMs: number): Promise<void> {
-    const done: Hook<[]>[] = []
+    const deadline = Date.now() + timeoutMs
     try {
-      await within(timeoutMs, [...this.before].reverse(), (hook) => {
-        done.push(hook)
-        return hook.run()
-      })
+      for (const hook of [...this.before].reverse()) {
+        const promise = runHook(hook, [], timeoutMs, deadline)
+        if (promise) await promise
+      }
     } catch (error) {
-      await this.#runAfter()
+      await this.#runAfter(timeoutMs)
       this.#say({ type: 'refused', id, error })
       return
     }
-    const running = await this.#threads.stop()
+    const running = (await this.#threads?.stop()) ?? []
     // What was said before has to be out: the next word is the last one.
-    await new Promise<void>((resolve) => (this.#socket ? this.#socket.write('', () => resolve()) : resolve()))
+    while (this.#socket && this.#socket.writableLength > 0) {
+      await new Promise<void>((resolve) => this.#socket!.write('', () => resolve()))
+    }
     const message = this.#wait({ type: 'parked', id, ...(running.length > 0 ? { threads: running } : {}) })
     if (message?.type === 'forked') {
       await this.#becomeFork(message)
       return
     }
-    this.#threads.release(0)
-    const error = await this.#runAfter()
-    this.#say({ type: 'running', ...(error ? { error } : {}) })
+    const error = await this.#runAfter(timeoutMs)
+    if (message) this.#say({ type: 'running', ...(error ? { error } : {}) })
+    else this.#leave()
   }
 
-  /** Undefined where the supervisor is gone: then this process goes on as it was. */
+  /** The line that says who this is; undefined where the supervisor is gone. */
   #wait(parked: object): Message | undefined {
-    if (!this.#isIntact()) {
-      this.#leave()
-      return undefined
-    }
+    if (!this.#isIntact()) return undefined
     const fd = this.#fd
     const handle = this.#handle
     handle.setBlocking(true)
-    const others: Message[] = []
     try {
       writeAll(fd, Buffer.from(`${JSON.stringify(parked)}\n`))
       const chunk = Buffer.allocUnsafe(65_536)
       for (;;) {
-        for (let line = this.#line(); line; line = this.#line()) {
-          if (line.type === 'resumed' || line.type === 'forked') return line
-          others.push(line)
-        }
-        const length = fs.readSync(fd, chunk, 0, chunk.length, null)
+        const at = this.#messages.findIndex(({ type }) => type === 'resumed' || type === 'forked')
+        if (at >= 0) return this.#messages.splice(at, 1)[0]
+        const length = readSome(handle, chunk)
         if (length === 0) return undefined
-        this.#kept = Buffer.concat([this.#kept, chunk.subarray(0, length)])
+        const identity = identityOf(fd)
+        if (identity !== this.#identity) {
+          // A fork: another connection, under the same number. What came before is the source's.
+          this.#identity = identity
+          this.#messages.length = 0
+          this.#part = []
+          this.#partBytes = 0
+        }
+        if (!this.#take(chunk.subarray(0, length))) return undefined
       }
     } catch {
       return undefined
     } finally {
-      // In a fork it is another connection, under the same number.
-      this.#identity = identityOf(fd)
       handle.setBlocking(false)
-      for (const message of others) setImmediate(() => this.#obey(message))
     }
   }
 
@@ -349,36 +410,29 @@ class Agent extends events.EventEmitter {
 
   async #becomeFork(forked: Forked): Promise<void> {
     const { pid, timeoutMs, call } = forked
-    Object.defineProperty(process, 'pid', { value: pid, configurable: true, enumerable: true })
-    randomness.renew()
-    const run = call === undefined ? undefined : (this.#calls.get(call) ?? this.#openKeep())?.run
+    renew(pid)
+    const main = call === undefined ? undefined : (this.#calls.get(call) ?? this.#openKeep())?.run
     // They are the source's: nobody in this process hears of them.
     this.#calls.clear()
     this.#children.clear()
-    this.#socket?.unref()
-    let hook: Hook<[ForkPayload]> | undefined
+    this.#await(-this.#awaited)
     try {
-      closeConnections(this.#socket)
-      // Wall-clock and monotonic time were in step when the process was started; the fork has slept in between.
-      Object.defineProperty(performance, 'timeOrigin', {
-        value: Date.now() - performance.now(),
-        configurable: true,
-        enumerable: true,
-      })
+      connections.destroyAll()
       const payload = apply(forked)
       this.payload = payload
-      this.#threads.release(pid)
-      this.emit('fork', payload)
-      await within(timeoutMs, [...this.onFork], (each) => {
-        hook = each
-        return each.run(payload)
-      })
-      hook = undefined
+      const deadline = Date.now() + timeoutMs
+      for (const hook of [...this.onFork]) {
+        const promise = runHook(hook, [payload], timeoutMs, deadline)
+        if (!promise) continue
+        // Other code runs from here on, and the hook may wait for a Worker.
+        this.#threads?.release(pid)
+        await promise
+      }
+      this.#threads?.release(pid)
       this.#say({ type: 'running' })
-      if (run) void Promise.resolve(run(payload)).catch(crash)
+      if (main) Promise.resolve(payload).then(main).catch(crash)
     } catch (error) {
-      if (hook === undefined && (error as Failure).hook === undefined) (error as Failure).message ??= String(error)
-      const failure = isFailure(error) ? error : failureOf(error)
+      const failure = error instanceof Error ? failureOf(error) : error
       try {
         writeAll(this.#fd, Buffer.from(`${JSON.stringify({ type: 'failed', error: failure })}\n`))
       } catch {
@@ -389,43 +443,61 @@ class Agent extends events.EventEmitter {
     }
   }
 
-  async #runAfter(): Promise<Failure | undefined> {
+  /** @returns of the first hook that failed */
+  async #runAfter(timeoutMs: number): Promise<Failure | undefined> {
+    const deadline = Date.now() + timeoutMs
     let failure: Failure | undefined
     for (const hook of [...this.after]) {
       try {
-        await hook.run()
+        const promise = runHook(hook, [], timeoutMs, deadline)
+        if (!promise) continue
+        this.#threads?.release(0)
+        await promise
       } catch (error) {
-        failure ??= failureOf(error, hook.name)
+        failure ??= error as Failure
       }
     }
+    this.#threads?.release(0)
     return failure
   }
 }
 
-/** Runs hooks one after the other, for at most a time. Rejects with a `Failure` that names the hook. */
-async function within<H extends { readonly name: string }>(
+/** Who a thread is in a fork. */
+function renew(pid: number): void {
+  Object.defineProperty(process, 'pid', { value: pid, configurable: true, enumerable: true })
+  randomness.renew()
+  // Wall-clock and monotonic time were in step when the process was started; the fork has slept in between.
+  const value = Date.now() - performance.now()
+  Object.defineProperty(performance, 'timeOrigin', { value, configurable: true, enumerable: true })
+}
+
+/**
+ * Runs a hook until the deadline. So that nothing else runs between hooks that wait for nothing, there is a promise only where the hook
+ * gave one. Throws and rejects with a `Failure` that names the hook.
+ */
+function runHook<A extends unknown[]>(
+  hook: Hook<A>,
+  parameters: A,
   timeoutMs: number,
-  hooks: readonly H[],
-  run: (hook: H) => unknown,
-): Promise<void> {
-  const deadline = Date.now() + timeoutMs
-  for (const hook of hooks) {
+  deadline: number,
+): Promise<void> | undefined {
+  try {
+    const result = hook.run(...parameters)
+    if (typeof (result as PromiseLike<unknown> | undefined)?.then !== 'function') return undefined
     let timer: NodeJS.Timeout | undefined
-    try {
-      const result = run(hook)
-      if (typeof (result as PromiseLike<unknown> | undefined)?.then !== 'function') continue
-      const late = new Promise<never>((_, reject) => {
-        timer = setTimeout(
-          () => reject(new Error(`it was not done within ${timeoutMs} ms`)),
-          Math.max(1, deadline - Date.now()),
-        )
-      })
-      await Promise.race([result, late])
-    } catch (error) {
-      throw failureOf(error, hook.name)
-    } finally {
-      clearTimeout(timer)
-    }
+    const late = new Promise<never>((_, reject) => {
+      const error = new Error(`it was not done within ${timeoutMs} ms`)
+      timer = setTimeout(() => reject(error), Math.max(1, deadline - Date.now()))
+    })
+    return Promise.race([result, late]).then(
+      () => clearTimeout(timer),
+      (error) => {
+        clearTimeout(timer)
+        throw failureOf(error, hook.name)
+      },
+    )
+  } catch (error) {
+    throw failureOf(error, hook.name)
   }
 }
 
@@ -434,14 +506,21 @@ function failureOf(error: unknown, hook?: string): Failure {
   return { ...(hook === undefined ? {} : { hook }), message, ...(stack === undefined ? {} : { stack }) }
 }
 
-const isFailure = (error: unknown): error is Failure =>
-  !(error instanceof Error) && typeof (error as Failure)?.message === 'string'
-
 /** An error of the function that runs in a fork is the fork's own: it ends as by any error that nobody catches. */
 function crash(error: unknown): void {
   setImmediate(() => {
     throw error
   })
+}
+
+/** Undefined for what is none. */
+function messageOf(line: Buffer): Message | undefined {
+  try {
+    const value = JSON.parse(line.toString()) as Message | null
+    return typeof value?.type === 'string' ? value : undefined
+  } catch {
+    return undefined
+  }
 }
 
 const noSupervisor = () =>
@@ -460,13 +539,17 @@ function writeAll(fd: number, bytes: Buffer): void {
   for (let at = 0; at < bytes.length; ) at += fs.writeSync(fd, bytes, at)
 }
 
-/** TCP connections are closed in a fork: the program hears it now, and not at its next request on one that it had kept. */
-function closeConnections(own: net.Socket | undefined): void {
-  const handles = (process as unknown as { _getActiveHandles(): unknown[] })._getActiveHandles()
-  for (const one of handles) {
-    if (!(one instanceof net.Socket) || one === own) continue
-    const kind = (one as unknown as { _handle: object | null })._handle?.constructor.name
-    if (kind === 'TCP') one.destroy()
+/** Waits for bytes; 0 at the end of the connection. */
+function readSome(handle: Handle, into: Buffer): number {
+  for (;;) {
+    try {
+      return fs.readSync(handle.fd, into)
+    } catch (error) {
+      const { code } = error as NodeJS.ErrnoException
+      // libuv does not repeat a read that a signal has interrupted; and who shares the connection can have made it non-blocking.
+      if (code === 'EAGAIN') handle.setBlocking(true)
+      else if (code !== 'EINTR') throw error
+    }
   }
 }
 
@@ -522,7 +605,7 @@ function load(): Agent | undefined {
   if (!threads.isMainThread) {
     if (path === undefined) return undefined
     randomness.stand()
-    threads.serveThread()
+    threads.serveThread(renew)
     return undefined
   }
   const agent = new Agent()
@@ -530,10 +613,11 @@ function load(): Agent | undefined {
   if (path !== undefined) {
     randomness.stand()
     agent.connect(path)
+    connections.watch()
   }
   return agent
 }
 
 const agent = load()
 
-export = { agent, AgentError }
+export = { agent }

@@ -5,6 +5,8 @@
 import crypto = require('node:crypto')
 import nodeModule = require('node:module')
 
+import replace = require('./replace.cjs')
+
 /** Node fetches so many UUIDs' and integers' bytes at once (lib/internal/crypto/random.js), and hands them out one by one. */
 const UUIDS_AT_ONCE = 128
 const INTEGERS_AT_ONCE = 1024
@@ -57,43 +59,35 @@ function stand(): void {
   generator = own
   replace(Math, 'random', () => own.next())
   const { randomInt, randomUUID } = crypto
-  const throwAway = {
+  const fresh = {
     uuids: () => {
+      if (!staleUuids) return
       staleUuids = false
       for (let i = 0; i < UUIDS_AT_ONCE; i++) randomUUID()
     },
     integers: () => {
+      if (!staleIntegers) return
       staleIntegers = false
       for (let i = 0; i < INTEGERS_AT_ONCE; i++) randomInt(1, 3)
     },
   }
-  replace(crypto, 'randomInt', (...parameters: Parameters<typeof randomInt>) => {
-    if (staleIntegers) throwAway.integers()
-    return randomInt(...parameters)
-  })
-  replace(crypto, 'randomUUID', (...parameters: Parameters<typeof randomUUID>) => {
-    if (staleUuids) throwAway.uuids()
-    return randomUUID(...parameters)
-  })
+  after(crypto, 'randomInt', fresh.integers)
+  after(crypto, 'randomUUID', fresh.uuids)
+  // Of Node 26, from the same bytes.
+  after(crypto, 'randomUUIDv7', fresh.uuids)
   nodeModule.syncBuiltinESMExports()
   // Web Crypto draws from the same UUIDs.
-  const web = Object.getPrototypeOf(crypto.webcrypto) as { randomUUID?: () => string }
-  const { randomUUID: ofWeb } = web
-  if (!ofWeb) return
-  replace(web, 'randomUUID', function (this: unknown) {
-    if (staleUuids) throwAway.uuids()
-    return ofWeb.call(this)
-  })
+  after(Object.getPrototypeOf(crypto.webcrypto), 'randomUUID', fresh.uuids)
 }
 
-/** With the name, the parameters' count and the attributes of the original. */
-function replace(object: object, name: string, own: unknown): void {
-  const original = Object.getOwnPropertyDescriptor(object, name)
-  if (!original?.configurable || typeof original.value !== 'function') return
-  for (const key of ['name', 'length'] as const) {
-    Object.defineProperty(own, key, { value: original.value[key], configurable: true })
-  }
-  Object.defineProperty(object, name, { ...original, value: own })
+/** Has a function of Node's run after something else. */
+function after(object: object, name: string, first: () => void): void {
+  const original = (object as Record<string, ((...parameters: unknown[]) => unknown) | undefined>)[name]
+  if (!original) return
+  replace(object, name, function (this: unknown, ...parameters: unknown[]) {
+    first()
+    return original.apply(this, parameters)
+  })
 }
 
 /** From now on nothing is drawn that was, or could be, drawn elsewhere. OpenSSL sees by itself that its process id is another. */

@@ -21,10 +21,11 @@ export interface ForkPayload {
 export interface WorkerChild {
   readonly pid: number
   readonly generation: number
-  /** How it ended. Never rejects. */
+  /** How it ended; both are null where the supervisor was gone before. Never rejects. Keeps this process running once it was asked for. */
   readonly exited: Promise<{ code: number | null; signal: string | null }>
   /** Sends bytes, or a value that JSON can have: its `worker.on('message')`. */
   send(data: unknown): void
+  /** What it says before the first listener is there is kept for that one. */
   on(event: 'message', listener: (data: unknown) => void): this
 }
 
@@ -80,6 +81,7 @@ export interface WarmforkWorker {
   checkpoint(run?: Run): Promise<WorkerCheckpoint>
   /** Sends bytes, or a value that JSON can have, to the user of the supervisor, or to the process that has forked this one. */
   send(data: unknown, to?: 'parent'): void
+  /** A listener does not keep the process running. */
   on<E extends keyof WorkerEvents>(event: E, listener: WorkerEvents[E]): void
   off<E extends keyof WorkerEvents>(event: E, listener: WorkerEvents[E]): void
 }
@@ -87,6 +89,13 @@ export interface WarmforkWorker {
 interface Hook<A extends unknown[]> {
   readonly name: string
   readonly run: (...args: A) => unknown
+}
+
+/** A fork as the agent has it. */
+interface Offspring {
+  readonly pid: number
+  readonly generation: number
+  onMessage(listener: (data: unknown) => void): void
 }
 
 /** The agent's side, which lives in a CommonJS module since it can be preloaded. */
@@ -98,11 +107,8 @@ interface Agent {
   readonly connected: boolean
   ready(): void
   send(data: unknown, to?: number | 'parent'): void
-  fork(
-    data: unknown,
-    run: Run | undefined,
-    generation?: number,
-  ): Promise<{ pid: number; generation: number; events: NodeJS.EventEmitter }>
+  fork(data: unknown, run: Run | undefined, generation?: number): Promise<Offspring>
+  exitOf(child: Offspring): WorkerChild['exited']
   keep(run: Run | undefined): Promise<number>
   drop(generation: number): void
   on(event: string, listener: (...args: never[]) => void): unknown
@@ -130,21 +136,23 @@ function add<A extends unknown[]>(hooks: Hook<A>[], run: (...args: A) => unknown
 
 /** `app.js:12`, of the code that registers a hook without a name. */
 function callSite(): string {
-  const line = new Error().stack?.split('\n')[4] ?? ''
+  const line = String(new Error().stack).split('\n')[4] ?? ''
   return /([^/\\]+:\d+):\d+\)?$/.exec(line)?.[1] ?? 'anonymous'
 }
 
 async function forked(options: ForkOptions, run: Run | undefined, generation?: number): Promise<WorkerChild> {
-  const { pid, generation: number, events } = await main().fork(options.data, run, generation)
+  const offspring = await main().fork(options.data, run, generation)
+  let exited: WorkerChild['exited'] | undefined
   const child: WorkerChild = {
-    pid,
-    generation: number,
-    exited: new Promise((resolve) => {
-      events.once('exit', (code: number | null, signal: string | null) => resolve({ code, signal }))
-    }),
-    send: (data) => main().send(data, pid),
-    on(event, listener) {
-      events.on(event, listener)
+    pid: offspring.pid,
+    generation: offspring.generation,
+    get exited() {
+      exited ??= main().exitOf(offspring)
+      return exited
+    },
+    send: (data) => main().send(data, offspring.pid),
+    on(_, listener) {
+      offspring.onMessage(listener)
       return child
     },
   }
