@@ -21,7 +21,8 @@ async function served(when: string, restTimeoutMs: number) {
       client = connect(path)
       client.on('error', () => {})
       await once(client, 'connect')
-      client.write('request')
+      // Sent, and not only handed to the event loop: else there is rest before it comes.
+      await new Promise((resolve) => client?.write('request', resolve))
     },
   })
   return { supervisor: await supervisor.finally(() => client?.unref()), client: client! }
