@@ -22,6 +22,12 @@ const EPOLL_WAITS = new Set(['232', '281', '441'])
  */
 export function pidWarnings(root: number, withAgents: ReadonlySet<number> = new Set()): string[] {
   return processTree(root).flatMap(({ pid, comm }) => {
+    if (hasJobControl(pid)) {
+      return (
+        `Process ${pid} (${comm}) is a shell with job control, and remembers its process group: its forks end at the first program ` +
+        "that they start. Start the supervisor with `identity: 'namespace'`, with which they keep it (docs/identity.md)."
+      )
+    }
     if (withAgents.has(pid) || !hasRunningLoop(pid)) return []
     return (
       `Process ${pid} (${comm}) waits in an asyncio event loop, which does not go on under another process id: its forks will fail ` +
@@ -29,6 +35,17 @@ export function pidWarnings(root: number, withAgents: ReadonlySet<number> = new 
       "`identity: 'namespace'`, with which forks keep their ids (docs/identity.md)."
     )
   })
+}
+
+/** bash and dash were seen to end; the others remember their group too. */
+const SHELL = /^(ba|da|z|k|mk|pdk|ya|a)?sh(\d(\.\d+)*)?$/
+
+/** Whether a process is a shell that hands its terminal to what it starts. Such a one ignores SIGTSTP, since nobody could continue it. */
+function hasJobControl(pid: number): boolean {
+  if (!SHELL.test(executableName(pid))) return false
+  const SIGTSTP_BIT = 1n << 19n
+  const ignored = /^SigIgn:\t([0-9a-f]+)$/m.exec(read(`/proc/${pid}/status`) ?? '')?.[1]
+  return (BigInt(`0x${ignored ?? 0}`) & SIGTSTP_BIT) !== 0n
 }
 
 /** By the name of the file that a process executes. */

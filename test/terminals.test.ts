@@ -1,111 +1,140 @@
-import { readdirSync } from 'node:fs'
-import { describe, expect, test } from 'vitest'
-import type { Child } from '../src/child.js'
+/** Terminals with real programs that read from one. IRB on JRuby is tried in the matrix, since it takes long to boot. */
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { descendants, stat } from '../src/linux/proc.js'
 import type { SupervisorOptions } from '../src/options.js'
-import { ENGINES, eventually, usePlace } from './engines-under-test.js'
+import { APP, ENGINES, eventually, usePlace } from './engines-under-test.js'
+import { converse, type Repl } from './repl.js'
+import { CTRL_C, CTRL_D, CTRL_Z, Screen } from './screen.js'
 
-/** What a program shows, with a look whether something came. */
-class Screen {
-  text = ''
-
-  constructor(readonly child: Child) {
-    child.terminal.on('data', (chunk) => {
-      this.text += chunk
-    })
-  }
-
-  type(keys: string): void {
-    this.child.terminal.write(keys)
-  }
-
-  /** Types, and gives what is shown from then on until it matches. */
-  async until(pattern: RegExp, keys = ''): Promise<string> {
-    const from = this.text.length
-    this.type(keys)
-    await eventually(() => pattern.test(this.text.slice(from)), `${pattern} is shown after ${JSON.stringify(keys)}`)
-    return this.text.slice(from)
-  }
+const REPLS: Record<string, Repl> = {
+  Node: {
+    command: [process.execPath, '-i'],
+    prompt: /> $/,
+    columns: 'process.stdout.columns',
+    loop: 'while (true);',
+    interrupted: /interrupted/,
+    who: 'process.env.WHO',
+  },
+  Python: {
+    command: ['python3', '-q'],
+    prompt: />>> $/,
+    columns: '__import__("shutil").get_terminal_size().columns',
+    loop: 'while True: pass\r',
+    interrupted: /KeyboardInterrupt/,
+    who: '__import__("os").environ["WHO"]',
+  },
 }
-
-const CTRL_C = '\x03'
-const CTRL_D = '\x04'
-const UP = '\x1b[A'
-const BACKSPACE = '\x7f'
 
 describe.skipIf(!ENGINES.includes('criu'))('a terminal of its own', () => {
   const place = usePlace('criu')
-  const start = (options: Partial<SupervisorOptions>) =>
-    place.current.start({ template: { tty: { columns: 90, rows: 30 } }, ...options })
+  let home: string
+  beforeAll(() => {
+    home = mkdtempSync(join(tmpdir(), 'warmfork-home-'))
+  })
+  afterAll(() => rmSync(home, { recursive: true }))
+  /** REPLs keep a history in the home directory. */
+  const start = ({ env, ...options }: Partial<SupervisorOptions>) =>
+    place.current.start({
+      template: { tty: { columns: 90, rows: 30 } },
+      env: { HOME: home, NODE_REPL_HISTORY: '', ...env },
+      ...options,
+    })
 
-  test.each([
-    ['Node', [process.execPath, '-i'], '>', 'process.stdout.columns', 'while (true);', /Interrupted|SIGINT|> $/],
-    [
-      'Python',
-      ['python3', '-q'],
-      '>>>',
-      'import shutil; shutil.get_terminal_size().columns',
-      'while True: pass\r',
-      /KeyboardInterrupt/,
-    ],
-  ] as [string, [string, ...string[]], string, string, string, RegExp][])(
-    'is what each fork of the REPL of %s has',
-    async (_, command, prompt, columns, loop, interrupted) => {
-      const supervisor = await start({ command, ready: { output: prompt } })
-      const [one, other] = [new Screen(await supervisor.fork()), new Screen(await supervisor.fork())]
-      // Each evaluates its own lines.
-      await one.until(/\b42\b/, '6 * 7\r')
-      await other.until(/\b56\b/, '7 * 8\r')
-      expect(one.text).not.toContain('56')
-      expect(other.text).not.toContain('42')
-      // Editing, and the history.
-      await one.until(/\b121\b/, `11 * 12${BACKSPACE}1\r`)
-      await one.until(/\b121\b/, `${UP}\r`)
-      // The size, from the start and after a change.
-      await one.until(/\b90\b/, `${columns}\r`)
-      one.child.terminal.resize(77, 20)
-      // The signal that tells of it comes beside what is typed.
-      await new Promise((resolve) => setTimeout(resolve, 200))
-      await one.until(/\b77\b/, `${columns}\r`)
-      // An endless loop is interrupted, and the REPL goes on.
-      one.type(`${loop}\r`)
-      await new Promise((resolve) => setTimeout(resolve, 300))
-      await one.until(interrupted, CTRL_C)
-      await one.until(/\b1764\b/, '\r42 * 42\r')
-      one.type(CTRL_D)
-      expect(await one.child.exit).toEqual({ code: 0, signal: null })
-      await other.until(/\b63\b/, '7 * 9\r')
-    },
-  )
-
-  test('has the size that is asked for, and gives everything back', async () => {
-    const supervisor = await start({ command: ['sh', '-c', 'echo ready; while read line; do stty size; done'] })
-    const before = readdirSync('/proc/self/fd').length
-    for (let i = 0; i < 30; i++) {
-      const child = await supervisor.fork({ tty: { columns: 40 + i, rows: 10 } })
-      const screen = new Screen(child)
-      await screen.until(new RegExp(`10 ${40 + i}\\b`), '\r')
-      await child.end({ graceMs: 0 })
-      child.close()
-    }
-    await eventually(() => readdirSync('/proc/self/fd').length <= before + 4, 'all descriptors are given back')
+  test.each(Object.entries(REPLS))('is what each fork of the REPL of %s has', async (_, repl) => {
+    const supervisor = await start({ command: repl.command, ready: { output: '> ' } })
+    await converse(supervisor, repl)
   })
 
-  test('has job control in a namespace of its own', async () => {
+  test('of a shell has job control in a pid namespace', async () => {
     const supervisor = await start({
       command: ['bash', '--norc', '--noprofile', '-i'],
       env: { PS1: 'prompt> ' },
       identity: 'namespace',
       ready: { output: 'prompt>' },
     })
-    const screen = new Screen(await supervisor.fork())
-    screen.type('sleep 100\r')
-    await new Promise((resolve) => setTimeout(resolve, 300))
-    await screen.until(/prompt> /, CTRL_C)
-    screen.type('sleep 101\r')
-    await new Promise((resolve) => setTimeout(resolve, 300))
-    await screen.until(/Stopped/, '\x1a')
-    await screen.until(/sleep 101/, 'jobs\r')
-    await screen.until(/still here/, 'kill %1; echo still "here"\r')
+    expect(supervisor.warnings).toEqual([])
+    const child = await supervisor.fork()
+    const screen = new Screen(child.terminal)
+    const sleeping = (state: string) =>
+      eventually(
+        () => descendants(child.pid).some((pid) => stat(pid)?.comm === 'sleep' && stat(pid)?.state === state),
+        state,
+      )
+    screen.terminal.write('sleep 1000\r')
+    await sleeping('S')
+    await screen.type(CTRL_C, /\^C.*> $/s)
+    await screen.line('echo "status" $?', /^status 130\r$/)
+    screen.terminal.write('sleep 1001\r')
+    await sleeping('S')
+    await screen.type(CTRL_Z, /Stopped.*> $/s)
+    await screen.line('jobs', /Stopped +sleep 1001/)
+    screen.terminal.write('fg\r')
+    await sleeping('S')
+    await screen.type(CTRL_C, /\^C.*> $/s)
+    await screen.line('stty size', /^30 90\r$/)
+    child.terminal.resize(66, 22)
+    await screen.line('stty size', /^22 66\r$/)
+    screen.terminal.write(CTRL_D)
+    expect((await child.exit).signal).toBe(null)
+  })
+
+  test.each([
+    ['bash', '--norc', '--noprofile', '-i'],
+    ['sh', '-i'],
+  ])('of %s comes with a warning where the shell has another process group then', async (...command) => {
+    const supervisor = await start({
+      command: command as [string, ...string[]],
+      env: { PS1: 'prompt> ' },
+      ready: { output: 'prompt>' },
+    })
+    const identity = supervisor.warnings.filter(({ kind }) => kind === 'identity')
+    expect(identity.map(({ message }) => message)).toEqual([expect.stringContaining("`identity: 'namespace'`")])
+    const child = await supervisor.fork()
+    const screen = new Screen(child.terminal)
+    await screen.line('echo $((6 * 7))', /^42\r$/)
+    // What the warning says: what it starts has the terminal, and it never gets it back.
+    await screen.type('ls -d /\r', /^\/\r$/m)
+    screen.terminal.write('\r')
+    await child.exit
+  })
+
+  test('comes without a warning where a shell has no job control', async () => {
+    const supervisor = await start({ command: ['bash', '-c', 'echo ready; while read -r line; do stty size; done'] })
+    expect(supervisor.warnings).toEqual([])
+  })
+
+  test('has the size that is asked for, and goes with its child', async () => {
+    const supervisor = await start({
+      command: ['sh', '-c', 'echo ready; while read -r line; do stty size; done'],
+      pool: { size: 1 },
+    })
+    const descriptors = () => readdirSync('/proc/self/fd').length
+    const fork = async (columns: number) => {
+      const child = await supervisor.fork({ tty: { columns, rows: 10 } })
+      expect(child.terminal.size).toEqual({ columns, rows: 10 })
+      const screen = new Screen(child.terminal)
+      await screen.type('\r', new RegExp(`^10 ${columns}\r$`, 'm'))
+      screen.terminal.write(CTRL_D)
+      expect(await child.exit).toEqual({ code: 0, signal: null })
+    }
+    await fork(40)
+    await eventually(() => supervisor.pool.parked.length === 1, 'one is parked')
+    const before = descriptors()
+    for (let i = 0; i < 30; i++) await fork(41 + i)
+    await eventually(() => supervisor.pool.parked.length === 1 && descriptors() <= before, 'no descriptor is left')
+  })
+
+  test('gives the last words of a program that nobody listened to', async () => {
+    const supervisor = await start({ command: ['sh', '-c', 'echo ready; read -r line; echo "got $line"; exit 3'] })
+    const child = await supervisor.fork()
+    child.terminal.write('this\r')
+    expect((await child.exit).code).toBe(3)
+    let text = ''
+    for await (const chunk of child.terminal) text += chunk
+    expect(text).toMatch(/got this\r\n$/)
   })
 
   test('is hung up by close', async () => {
@@ -113,9 +142,12 @@ describe.skipIf(!ENGINES.includes('criu'))('a terminal of its own', () => {
     const child = await supervisor.fork()
     child.terminal.close()
     expect((await child.exit).signal).toBe('SIGHUP')
+    // As on what is closed: nothing.
+    child.terminal.resize(10, 10)
+    expect(child.terminal.size).toEqual({ columns: 0, rows: 0 })
   })
 
-  test('has no pipes beside it', async () => {
+  test('stands in the place of pipes', async () => {
     const supervisor = await start({ command: ['sh', '-c', 'echo ready; cat'] })
     const child = await supervisor.fork()
     expect(child.isTTY).toBe(true)
@@ -123,16 +155,26 @@ describe.skipIf(!ENGINES.includes('criu'))('a terminal of its own', () => {
     await expect(supervisor.fork({ stdio: 'inherit' })).rejects.toMatchObject({ code: 'BAD_OPTION' })
   })
 
-  test('is not shared with a fork that its program asks for', async () => {
+  test('is not to be had of a template without one', async () => {
+    const supervisor = await place.current.start({ command: APP })
+    await expect(supervisor.fork({ tty: true })).rejects.toMatchObject({ code: 'BAD_OPTION' })
+    const child = await supervisor.fork()
+    expect(child.isTTY).toBe(false)
+    expect(() => child.terminal).toThrow(/BAD_OPTION.*template: \{ tty: true \}/s)
+  })
+
+  test('keeps its program from forking itself, and it goes on', async () => {
     const app = `import('${new URL('../dist/agents/node/worker.js', import.meta.url)}').then(({ worker }) => {
-      worker.on('message', () => worker.fork().catch(({ code }) => worker.send(code)))
+      worker.on('message', () => worker.fork().catch(({ code, message }) => worker.send({ code, message })))
       worker.ready()
     }); setInterval(() => {}, 1000)`
     const supervisor = await start({ command: [process.execPath, '-e', app], ready: { agent: true } })
     const child = await supervisor.fork()
     await child.ready
-    const answer = new Promise((resolve) => child.once('message', resolve))
-    child.send('fork')
-    expect(await answer).toBe('ENGINE_UNSUPPORTED')
+    for (let i = 0; i < 2; i++) {
+      const answer = new Promise((resolve) => child.once('message', resolve))
+      child.send('fork')
+      expect(await answer).toEqual({ code: 'ENGINE_UNSUPPORTED', message: expect.stringContaining('on a terminal') })
+    }
   })
 })
