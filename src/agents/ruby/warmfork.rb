@@ -3,6 +3,9 @@
 # What a program says to warmfork and hears from it: `require 'warmfork'`. Without a supervisor hooks are kept and never called, and
 # all that needs one raises a Warmfork::Error. How a supervisor is spoken to is the session's affair.
 
+# By another path, through a link.
+return if defined?(Warmfork::VERSION)
+
 module Warmfork
   VERSION = '0.1.0'
 

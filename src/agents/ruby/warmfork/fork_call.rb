@@ -10,7 +10,15 @@ module Warmfork
     class << self
       # Once, as the program starts: what is wrapped around later stays around ours. The block forks in earnest.
       def install(&real)
-        Process.define_singleton_method(:_fork) { ForkCall.take || real.call }
+        ForkCall.redefine { Process.define_singleton_method(:_fork) { ForkCall.take || real.call } }
+      end
+
+      # Without the warning of a method that is redefined.
+      def redefine
+        verbose, $VERBOSE = $VERBOSE, nil
+        yield
+      ensure
+        $VERBOSE = verbose
       end
 
       # Runs the wrappers: the call below them gives the answer, 0 or a pid, and forks nothing.

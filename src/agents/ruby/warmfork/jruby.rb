@@ -12,6 +12,7 @@ module Warmfork
 
     class << self
       def install
+        $warmfork_pid = nil
         ForkCall.install { raise NotImplementedError, 'fork() function is unimplemented on this machine' }
         # Registered before all others, and so run after them: JRuby waits for its threads, and this one waits in the kernel.
         at_exit { Warmfork.send(:session)&.shutdown }
@@ -61,8 +62,12 @@ module Warmfork
         String.from_java_bytes(digest)[0, count]
       end
 
-      def renew_ids(message)
-        JavaRandom.remember_pid(POSIX.getpid)
+      # `$$` and Java ask for it once.
+      def renew_ids(_message)
+        first = $warmfork_pid.nil?
+        $warmfork_pid = POSIX.getpid
+        alias $$ $warmfork_pid if first
+        JavaRandom.remember_pid($warmfork_pid)
       end
 
       def chdir(path)

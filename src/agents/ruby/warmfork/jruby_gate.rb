@@ -79,11 +79,16 @@ module Warmfork
       def late(threads)
         deadline = Process.clock_gettime(Process::CLOCK_MONOTONIC) + ARRIVAL_SECONDS
         loop do
-          left = threads.select { |thread| thread.status == 'run' && !@arrived.containsKey(thread.object_id) }
+          left = threads.select { |thread| !@arrived.containsKey(thread.object_id) && runs?(thread) }
           return left if left.empty? || Process.clock_gettime(Process::CLOCK_MONOTONIC) > deadline
 
           java.lang.Thread.sleep(1)
         end
+      end
+
+      # Java's own threads, which Ruby knows once they have called it, always have the status `run`.
+      def runs?(thread)
+        thread.status == 'run' && JRuby.ref(thread).getNativeThread&.getState == java.lang.Thread::State::RUNNABLE
       end
 
       def names(threads)

@@ -17,6 +17,7 @@ module Warmfork
 
     class << self
       def install
+        $warmfork_pid = nil
         real = Process.method(:_fork)
         real = real.super_method while real.super_method
         ForkCall.install { real.call.tap { |pid| Platform.after_real_fork if pid.zero? } }
@@ -100,7 +101,7 @@ module Warmfork
         $warmfork_pid = pid
         return unless first
 
-        Process.define_singleton_method(:pid) { $warmfork_pid }
+        ForkCall.redefine { Process.define_singleton_method(:pid) { $warmfork_pid } }
         alias $$ $warmfork_pid
       end
 

@@ -18,7 +18,8 @@ module Warmfork
     # nil where nobody listens.
     def self.connect(path, hooks, inbox)
       new(Platform::Wire.new(path), hooks, inbox).start
-    rescue *LOST
+    rescue *LOST, ArgumentError
+      # The last is said of a path that is too long.
       nil
     end
 
@@ -219,7 +220,7 @@ module Warmfork
     def park(id, timeout_ms)
       gate = Platform::Gate.new
       answer, later = @writing.synchronize { exchange(id, gate) }
-      opener = open_later(gate, timeout_ms)
+      opener = open_later(gate, answer&.fetch('timeoutMs', nil) || timeout_ms)
       return become_fork(answer) if answer && answer['type'] == 'forked'
 
       failure = @hooks.after(timeout_ms)
