@@ -75,7 +75,8 @@ function descriptors(stdio: StdioOption): StdioFds | undefined {
 
 function checkTerminal({ tty, stdio }: ForkRequest, hasTerminal: boolean): void {
   if (hasTerminal && stdio !== undefined && stdio !== 'pipe') {
-    throw badOption('stdio', 'not to be there, since the template was booted on a terminal', stdio, 'Use `tty`.')
+    const remedy = 'Use `tty`, or `warmfork fork --tty`.'
+    throw badOption('stdio', 'not to be there, since the template was booted on a terminal', stdio, remedy)
   }
   if (tty === undefined) return
   if (!hasTerminal) {

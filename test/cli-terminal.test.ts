@@ -1,8 +1,15 @@
 /** What a terminal gets: colours, a list that moves, and a child whose streams it is. Python's pty gives the terminal. */
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { closeSync } from 'node:fs'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
+import { isAlive } from '../src/linux/proc.js'
+import { openMaster, openSlave, setWindowSize, terminalModes } from '../src/linux/pty.js'
+import { Terminal as Pty } from '../src/terminal.js'
 import { APP, CLI, Terminal } from './cli-harness.js'
+import { ENGINES, eventually } from './engines-under-test.js'
+import { CTRL_C, CTRL_D, Screen } from './screen.js'
 
 const terminal = new Terminal()
 beforeAll(async () => {
@@ -82,4 +89,89 @@ test('run marks the step that failed', async () => {
   expect(shown).toMatch(/✖.* wait until it is ready/)
   expect(shown).toContain('(TEMPLATE_EXITED)')
   expect(code).toBe(1)
+})
+
+describe.skipIf(!ENGINES.includes('criu'))('fork --tty', () => {
+  const supervised = new Terminal()
+  const made: (() => void)[] = []
+  beforeAll(async () => {
+    const options = { env: { NODE_REPL_HISTORY: '' } }
+    await supervised.run('repl', ['--tty', '--ready-output', '> '], [process.execPath, '-i'], options)
+    await supervised.run('plain')
+  })
+  afterEach(() => {
+    for (const giveBack of made.splice(0)) giveBack()
+  })
+  afterAll(() => supervised.leave())
+
+  /** The command on a terminal of 100 columns, as its controlling one. */
+  function fork(args: readonly string[] = ['--tty'], name = 'repl') {
+    const master = openMaster()
+    setWindowSize(master, { columns: 100, rows: 30 })
+    const slave = openSlave(master)
+    const before = terminalModes(slave)
+    const modesAreBack = () => Buffer.from(terminalModes(slave)).equals(before)
+    const screen = new Screen(new Pty(master))
+    const command = spawn('setsid', ['--ctty', ...CLI, 'fork', '--name', name, ...args, ...supervised.here], {
+      stdio: [slave, slave, slave],
+    })
+    made.push(() => {
+      command.kill('SIGKILL')
+      screen.terminal.close()
+      closeSync(slave)
+    })
+    return { command, screen, modesAreBack, exited: once(command, 'exit').then(([code]) => code) }
+  }
+
+  /** The same, once its REPL answers. */
+  async function repl(value: number, args?: readonly string[]) {
+    const started = fork(args)
+    await eventually(() => !started.modesAreBack(), 'the terminal is in raw mode')
+    await started.screen.line(`const mine = ${value}`, /undefined\r$/)
+    return started
+  }
+
+  test('shows the terminal of a child on this one', async () => {
+    const [one, other] = await Promise.all([repl(1001), repl(1002, ['--tty', '--env', 'WHO=me'])])
+    await other.screen.line('mine', /^1002\r$/)
+    await one.screen.line('mine', /^1001\r$/)
+    await other.screen.line('process.env.WHO', /^'me'\r$/)
+    await one.screen.line('process.stdout.columns', /^100\r$/)
+    one.screen.terminal.resize(77, 20)
+    // It goes over the command and the supervisor.
+    while (!/^77\r$/m.test(await one.screen.line('process.stdout.columns', /^\d+\r$/))) await sleep(20)
+    await one.screen.type('console.log("l" + "oops"); while (true);\r', /^loops\r$/m)
+    await one.screen.type(CTRL_C, /interrupted[\s\S]*> $/)
+    one.screen.terminal.write(CTRL_D)
+    expect(await one.exited).toBe(0)
+    expect(one.modesAreBack()).toBe(true)
+    other.screen.terminal.write('process.exit(mine - 995)\r')
+    expect(await other.exited).toBe(7)
+    expect(other.modesAreBack()).toBe(true)
+    expect(one.screen.text).not.toContain('1002')
+  })
+
+  test('gives the terminal back where the command is killed, and hangs up', async () => {
+    const { command, screen, modesAreBack } = await repl(1003)
+    const pid = Number(/^(\d+)\r$/m.exec(await screen.line('process.pid', /^\d+\r$/))![1])
+    command.kill('SIGKILL')
+    await eventually(modesAreBack, 'the modes are back')
+    await eventually(() => !isAlive(pid), 'the child is ended')
+  })
+
+  test('is an error where the template has none, or this is none', async () => {
+    const { screen, exited, modesAreBack } = fork(['--tty'], 'plain')
+    expect(await exited).toBe(2)
+    await eventually(() => /\(BAD_OPTION\).*`warmfork run --tty`/s.test(screen.text), 'the error is shown')
+    expect(modesAreBack()).toBe(true)
+    const { code, stderr } = await supervised.call(['fork', '--tty', '--name', 'repl', ...supervised.here])
+    expect(code).toBe(2)
+    expect(stderr).toContain('are no terminal')
+  })
+
+  test('is told of where it is left out', async () => {
+    const { code, stderr } = await supervised.call(['fork', '--name', 'repl', ...supervised.here])
+    expect(code).toBe(2)
+    expect(stderr).toContain('`warmfork fork --tty`')
+  })
 })
