@@ -44,7 +44,7 @@ test('arguments come to the command byte for byte', async () => {
 
 test("flags behind the command are the command's, with or without `--`", async () => {
   const { cli, ended } = await runUntil(
-    /ready: /,
+    /warmfork: ready: /,
     [...SPAWN, '--name', 'x', '--ready-output', 'ready', '--show-output'],
     [...APP, '--name', 'y'],
   )
@@ -61,7 +61,7 @@ test('--env sets a variable, an empty one and one with `=` too', async () => {
 })
 
 test('where stderr is no terminal the steps are plain lines, and stdout stays empty', async () => {
-  const { cli, ended } = await runUntil(/ready: /, [...SPAWN, '--name', 'x', '--ready-output', 'ready'])
+  const { cli, ended } = await runUntil(/warmfork: ready: /, [...SPAWN, '--name', 'x', '--ready-output', 'ready'])
   cli.kill()
   const { stdout, stderr } = await ended
   expect(stdout).toBe('')
