@@ -52,7 +52,7 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
   readonly streams: { readonly stdin: Writable; readonly stdout: Readable; readonly stderr: Readable } | undefined
 
   /** Our end of its pty, where it was started on one. */
-  readonly terminal: Terminal | undefined
+  terminal: Terminal | undefined
 
   /** What its processes' agents say, where it was started to have some. */
   agents: AgentGroup | undefined
@@ -205,9 +205,10 @@ export class Template extends EventEmitter<TemplateEvents> implements Endable {
     return this.exited
   }
 
-  /** Stops reading its output, and hands its pipes to the caller. */
+  /** Stops reading its output, and hands its pipes, or its terminal, to the caller. */
   handOver(): void {
     this.#output?.stop()
+    this.terminal = this.terminal?.handOver()
     this.#ownsPipes = false
   }
 

@@ -4,7 +4,7 @@
 import { closeSync } from 'node:fs'
 import { Duplex } from 'node:stream'
 import { ReadStream } from 'node:tty'
-import { setNonblocking } from './linux/libc.js'
+import { duplicate, setNonblocking } from './linux/libc.js'
 import { setWindowSize, takeFromMaster, type WindowSize, windowSize } from './linux/pty.js'
 
 export type TerminalSize = WindowSize
@@ -69,10 +69,17 @@ export class Terminal extends Duplex {
     this.#finish()
   }
 
-  /** Drops what was shown so far. @internal */
-  discard(): void {
-    while (this.read() !== null);
-    if (!this.#closed) takeFromMaster(this.#fd)
+  /**
+   * The same terminal for somebody else, who finds nothing of what was shown so far: this one is over. (A stream that was read once
+   * would not flow for the next listener.)
+   * @internal
+   */
+  handOver(): Terminal {
+    if (this.#closed) return this
+    const fd = duplicate(this.#fd)
+    this.close()
+    takeFromMaster(fd)
+    return new Terminal(fd)
   }
 
   unref(): void {

@@ -4,7 +4,7 @@ import { expect } from 'vitest'
 import { stat } from '../src/linux/proc.js'
 import type { Supervisor } from '../src/supervisor.js'
 import { eventually } from './engines-under-test.js'
-import { BACKSPACE, CTRL_C, CTRL_D, Screen, UP } from './screen.js'
+import { BACKSPACE, CTRL_C, CTRL_D, CTRL_Z, Screen, UP } from './screen.js'
 
 /** A REPL, and how things are said there. */
 export interface Repl {
@@ -43,6 +43,9 @@ export async function converse(supervisor: Supervisor, repl: Repl): Promise<void
   left.terminal.write(`${repl.loop}\r`)
   const cpu = stat(one.pid)!.cpuTicks
   await eventually(() => stat(one.pid)!.cpuTicks > cpu + LOOP_TICKS, 'it loops')
+  // It leads its session: nobody could continue it.
+  await left.type(CTRL_Z, /\^Z/)
+  expect(stat(one.pid)?.state).not.toBe('T')
   await left.type(CTRL_C, repl.interrupted)
   await left.line('42 * 42', is(1764))
   left.terminal.write(CTRL_D)

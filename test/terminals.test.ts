@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { descendants, stat } from '../src/linux/proc.js'
 import type { SupervisorOptions } from '../src/options.js'
-import { APP, ENGINES, eventually, usePlace } from './engines-under-test.js'
+import { APP, ENGINES, eventually, Place, usePlace } from './engines-under-test.js'
 import { converse, type Repl } from './repl.js'
 import { CTRL_C, CTRL_D, CTRL_Z, Screen } from './screen.js'
 
@@ -43,8 +43,13 @@ describe.skipIf(!ENGINES.includes('criu'))('a terminal of its own', () => {
       ...options,
     })
 
-  test.each(Object.entries(REPLS))('is what each fork of the REPL of %s has', async (_, repl) => {
-    const supervisor = await start({ command: repl.command, ready: { output: '> ' } })
+  test.each([
+    ['Node', 'fresh'],
+    ['Python', 'fresh'],
+    ['Python', 'namespace'],
+  ] as const)('is what each fork of the REPL of %s has, with the identity %s', async (name, identity) => {
+    const repl = REPLS[name]!
+    const supervisor = await start({ command: repl.command, ready: { output: '> ' }, identity })
     await converse(supervisor, repl)
   })
 
@@ -138,6 +143,17 @@ describe.skipIf(!ENGINES.includes('criu'))('a terminal of its own', () => {
     expect(text).toMatch(/got this\r\n$/)
   })
 
+  test.skipIf(process.getuid?.() !== 0)('belongs to the user of its program', async () => {
+    const supervisor = await start({
+      command: ['sh', '-c', 'echo ready; read -r line; tty; stat -c %U "$(tty)"; cat'],
+      user: 'nobody',
+    })
+    const [one, other] = [await supervisor.fork(), await supervisor.fork()]
+    const shown = [one, other].map((child) => new Screen(child.terminal).type('\r', /^(\/dev\/pts\/\d+)\r\nnobody\r$/m))
+    const [first, second] = await Promise.all(shown)
+    expect(first).not.toBe(second)
+  })
+
   test('is hung up by close', async () => {
     const supervisor = await start({ command: ['sh', '-c', 'echo ready; cat'] })
     const child = await supervisor.fork()
@@ -178,4 +194,17 @@ describe.skipIf(!ENGINES.includes('criu'))('a terminal of its own', () => {
       expect(await answer).toEqual({ code: 'ENGINE_UNSUPPORTED', message: expect.stringContaining('on a terminal') })
     }
   })
+})
+
+test.skipIf(process.platform !== 'linux')('a fork that is started cold has a terminal too', async () => {
+  const place = new Place('spawn')
+  const supervisor = await place.start({
+    command: ['sh', '-c', 'echo ready; while read -r line; do stty size; done'],
+    template: { tty: true },
+  })
+  const child = await supervisor.fork({ tty: { columns: 61, rows: 9 } })
+  await new Screen(child.terminal).type('\r', /^9 61\r$/m)
+  child.terminal.write(CTRL_D)
+  expect(await child.exit).toEqual({ code: 0, signal: null })
+  await place.leave()
 })

@@ -158,7 +158,6 @@ class Parked implements ForkedProcess {
     const members = await stopTree(template)
     template.handOver()
     if (template.pipes) for (const fd of template.pipes.slice(1)) takeFromPipe(fd)
-    template.terminal?.discard()
     return new Parked(template, members, generation)
   }
 
