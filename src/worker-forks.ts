@@ -258,7 +258,9 @@ class ParentForks {
       if (link) this.#children.set(child.pid, link)
       this.#serve(child, call.link)
       call.link.send({ type: 'forkResult', id: call.id, pid: child.pid, generation: child.generation })
-      void child.exit.then(({ code, signal }) => {
+      void child.exit.then(async ({ code, signal }) => {
+        // What it said last is heard before its end.
+        await child.agents?.ended()
         this.#children.delete(child.pid)
         call.link.send({ type: 'childExit', pid: child.pid, code, signal })
         made.alive--

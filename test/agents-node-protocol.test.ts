@@ -1,5 +1,5 @@
 /** What is the Node agent's own beside the script of all agents: its supervisor is a socket of the test. */
-import { existsSync, readdirSync } from 'node:fs'
+import { existsSync, readdirSync, readlinkSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterEach, describe, expect, test } from 'vitest'
@@ -96,6 +96,32 @@ describe.skipIf(!existsSync(AGENT))('the Node agent', () => {
     for (let i = 0; i < 18; i++) agent.socket.write('x'.repeat(1 << 20))
     expect(await agent.next()).toBe(undefined)
     expect(await program.expect('disconnect')).toBeTruthy()
+  })
+
+  test('ends in a fork that nobody tells who it is, where its connection ends', async () => {
+    program = await start('otherConnection')
+    const agent = await greet()
+    await program.expect('started')
+    const link = () => readlinkSync(`/proc/${program.pid}/fd/${agent.hello.fd}`)
+    const before = link()
+    agent.checkpoint(1)
+    await agent.expect('parked')
+    await expect.poll(link, { timeout: 5_000 }).not.toBe(before)
+    agent.socket.destroy()
+    expect(await program.exit()).toEqual({ code: 70, signal: null })
+  })
+
+  test('keeps messages for the first listener, and hears the next one where a listener throws', async () => {
+    program = await start('messages')
+    const agent = await greet()
+    await program.expect('started')
+    for (const json of ['first', 'throw', 'last']) agent.send({ type: 'message', data: { json } })
+    expect(await program.expect('large')).toMatchObject({ sent: 'BAD_OPTION', forked: 'BAD_OPTION' })
+    expect(await program.expect('message')).toMatchObject({ data: 'first' })
+    expect(await program.expect('message')).toMatchObject({ data: 'throw' })
+    expect(await program.expect('message')).toMatchObject({ data: 'last' })
+    expect(await program.expect('uncaught')).toMatchObject({ message: 'of a listener' })
+    expect(await agent.silence(0)).toEqual([])
   })
 
   test('gives up a hook after a checkpoint that does not end, and can be checkpointed again', async () => {

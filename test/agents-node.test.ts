@@ -1,3 +1,4 @@
+import { existsSync, readdirSync } from 'node:fs'
 import { connect, type Socket } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -9,6 +10,16 @@ import { ENGINES, eventually, usePlace } from './engines-under-test.js'
 const APP: readonly [string, ...string[]] = [
   process.execPath,
   join(import.meta.dirname, 'fixtures/agents-node/app.mjs'),
+]
+
+/** The one that runs this, and those that the matrix has brought. */
+const CACHE = join(import.meta.dirname, '../.cache/runtimes')
+const NODES: [string, string][] = [
+  [process.version, process.execPath],
+  ...(existsSync(CACHE) ? readdirSync(CACHE) : [])
+    .filter((name) => name.startsWith('node-'))
+    .map((name): [string, string] => [name, join(CACHE, name, 'node_modules/node/bin/node')])
+    .filter(([, node]) => existsSync(node)),
 ]
 
 let sequence = 0
@@ -59,6 +70,39 @@ describe.skipIf(!ENGINES.includes('criu'))('the agent of a Node program', () => 
     expect(said.map(({ data }) => data).sort((a, b) => Number(a) - Number(b))).toEqual(result.pids.map((_, i) => i))
     expect(said.map(({ pid }) => pid).sort()).toEqual([...result.pids].sort())
     expect((await tell<State>(child, 'state')).payload).toBe(null)
+  })
+
+  test('hears what its forks say before it listens to them, and how each ends', async () => {
+    const { child } = await forked()
+    const heard = await tell<{ said: number; code: number }[]>(child, 'family', { count: 8 })
+    expect(heard).toEqual(Array.from({ length: 8 }, (_, i) => ({ said: i, code: i })))
+  })
+
+  test.each(NODES)('draws in no two forks of %s the same, in the main thread and in a Worker', async (_, node) => {
+    const supervisor = await app({ command: [node, ...APP.slice(1)] })
+    const draws = await Promise.all(
+      Array.from({ length: 8 }, async () => {
+        const child = await supervisor.fork()
+        await child.ready
+        return tell<unknown[]>(child, 'draw')
+      }),
+    )
+    const values = draws.flat()
+    expect(values.length).toBeGreaterThanOrEqual(8 * 10)
+    expect(new Set(values).size).toBe(values.length)
+  })
+
+  test('gives a hook on fork all of its time, however long its process was parked', async () => {
+    const supervisor = await app({ pool: { size: 1 }, hookTimeoutMs: 400, env: { ON_FORK: 'wait' } })
+    await sleep(1_200)
+    await (await supervisor.fork()).ready
+    expect((await supervisor.stats()).forks).toMatchObject({ fromPool: 1 })
+  })
+
+  test('is sent nothing that it would not take', async () => {
+    const { child } = await forked()
+    expect(() => child.send('x'.repeat(17 << 20))).toThrow(expect.objectContaining({ code: 'BAD_OPTION' }))
+    expect(await tell<State>(child, 'state')).toMatchObject({ isFork: true })
   })
 
   test('forks it in the midst of a thousand connections and a hundred timers, of which it loses none', async () => {

@@ -14,6 +14,7 @@ import {
   type FromAgent,
   type Hello,
   MAX_LINE_FROM_AGENT,
+  MAX_LINE_TO_AGENT,
   parseLine,
   type ToAgent,
 } from './protocol.js'
@@ -77,8 +78,12 @@ export class AgentLink extends EventEmitter<LinkEvents> {
     return this.#sequence
   }
 
-  /** While it waits in its read nothing but the line that it waits for is sent: the rest follows it. */
+  /**
+   * While it waits in its read nothing but the line that it waits for is sent: the rest follows it.
+   * @throws RangeError for more than an agent takes
+   */
   send(message: ToAgent): void {
+    if (message.type === 'message') checkLength(message)
     if (this.#held) this.#held.push(message)
     else this.#write(message)
   }
@@ -195,6 +200,12 @@ export class AgentLink extends EventEmitter<LinkEvents> {
         this.emit('request', message)
     }
   }
+}
+
+function checkLength(message: ToAgent): void {
+  const { length } = encodeLine(message)
+  if (length <= MAX_LINE_TO_AGENT) return
+  throw new RangeError(`a message of ${length} bytes, where an agent takes ${MAX_LINE_TO_AGENT}`)
 }
 
 export function hookFailed(tried: string, { hook, message, stack }: AgentFailure): WarmforkError {

@@ -16,8 +16,10 @@ const PROTOCOL = 1
 const VERSION = '0.1.0'
 /** EX_SOFTWARE: what a fork ends with whose hooks failed. */
 const FAILED_STATUS = 70
-/** The longest line to an agent. */
-const MAX_LINE_BYTES = 16 << 20
+const MAX_LINE_TO_SUPERVISOR = 8 << 20
+const MAX_LINE_TO_AGENT = 16 << 20
+/** Of messages that nobody listens for yet. The oldest go first. */
+const MAX_WAITING = 1_000
 
 type Text = string | { base64: string }
 type Payload = { json: unknown } | { base64: string }
@@ -98,12 +100,47 @@ class AgentError extends Error {
   }
 }
 
+/**
+ * Messages, and who listens to them. What comes before the first listener is kept for it: who asks for several forks at once has the
+ * first one when the last one is there.
+ */
+class Mailbox<A extends unknown[]> {
+  readonly #listeners: ((...message: A) => void)[] = []
+  #waiting: A[] | undefined = []
+
+  listen(listener: (...message: A) => void): void {
+    this.#listeners.push(listener)
+    if (!this.#waiting || this.#listeners.length > 1) return
+    queueMicrotask(() => {
+      const waiting = this.#waiting ?? []
+      this.#waiting = undefined
+      for (const message of waiting) this.deliver(...message)
+    })
+  }
+
+  unlisten(listener: (...message: A) => void): void {
+    const at = this.#listeners.lastIndexOf(listener)
+    if (at >= 0) this.#listeners.splice(at, 1)
+  }
+
+  deliver(...message: A): void {
+    if (!this.#waiting) {
+      for (const listener of [...this.#listeners]) guarded(() => listener(...message))
+      return
+    }
+    this.#waiting.push(message)
+    if (this.#waiting.length > MAX_WAITING) this.#waiting.shift()
+  }
+
+  clear(): void {
+    if (this.#waiting) this.#waiting.length = 0
+  }
+}
+
 /** A fork, in the process that asked for it. */
 class Offspring {
+  readonly inbox = new Mailbox<[data: unknown]>()
   readonly exited: Promise<Exit>
-  readonly #listeners: ((data: unknown) => void)[] = []
-  /** What comes before somebody listens: who asks for several forks at once has the first one when the last one is there. */
-  #early: unknown[] | undefined = []
   #settle!: (exit: Exit) => void
 
   constructor(
@@ -113,21 +150,6 @@ class Offspring {
     this.exited = new Promise((resolve) => {
       this.#settle = resolve
     })
-  }
-
-  onMessage(listener: (data: unknown) => void): void {
-    this.#listeners.push(listener)
-    if (this.#listeners.length > 1) return
-    queueMicrotask(() => {
-      const early = this.#early ?? []
-      this.#early = undefined
-      for (const data of early) this.hear(data)
-    })
-  }
-
-  hear(data: unknown): void {
-    if (this.#early) this.#early.push(data)
-    else for (const listener of [...this.#listeners]) listener(data)
   }
 
   end(exit: Exit): void {
@@ -145,6 +167,7 @@ class Agent extends events.EventEmitter {
   readonly before: Hook<[]>[] = []
   readonly after: Hook<[]>[] = []
   readonly onFork: Hook<[ForkPayload]>[] = []
+  readonly inbox = new Mailbox<[data: unknown, from: number | 'parent' | undefined]>()
   payload: ForkPayload | undefined
   #threads: InstanceType<typeof threads.Threads> | undefined
   readonly #calls = new Map<number, Call>()
@@ -191,7 +214,7 @@ class Agent extends events.EventEmitter {
 
   send(data: unknown, to?: number | 'parent'): void {
     if (!this.#socket) throw noSupervisor()
-    this.#say({ type: 'message', data: payloadOf(data), ...(to === undefined ? {} : { to }) })
+    this.#sayAtMost({ type: 'message', data: payloadOf(data), ...(to === undefined ? {} : { to }) })
   }
 
   /** Resolves in this process alone. In the fork `run` is called, and nobody waits any more. */
@@ -238,7 +261,13 @@ class Agent extends events.EventEmitter {
     const id = ++this.#sequence
     this.#calls.set(id, { kind, settle, run })
     this.#await(1)
-    this.#say({ type: kind, id, ...members })
+    try {
+      this.#sayAtMost({ type: kind, id, ...members })
+    } catch (error) {
+      this.#calls.delete(id)
+      this.#await(-1)
+      throw error
+    }
   }
 
   #answered(id: number, message: Answer): void {
@@ -269,7 +298,22 @@ class Agent extends events.EventEmitter {
   }
 
   #say(message: object): void {
-    if (this.#socket?.connecting || this.#isIntact()) this.#socket!.write(`${JSON.stringify(message)}\n`)
+    this.#write(`${JSON.stringify(message)}\n`)
+  }
+
+  /** With data of the program: for a line that is too long the supervisor would close the connection. */
+  #sayAtMost(message: object): void {
+    const line = `${JSON.stringify(message)}\n`
+    const bytes = Buffer.byteLength(line)
+    if (bytes > MAX_LINE_TO_SUPERVISOR) {
+      const text = `what is to be sent has ${bytes} bytes as a line, and may have ${MAX_LINE_TO_SUPERVISOR}`
+      throw new AgentError('BAD_OPTION', text)
+    }
+    this.#write(line)
+  }
+
+  #write(line: string): void {
+    if (this.#socket?.connecting || this.#isIntact()) this.#socket!.write(line)
     else this.#leave()
   }
 
@@ -304,14 +348,14 @@ class Agent extends events.EventEmitter {
     // The chunk is not ours to keep.
     if (rest > 0) this.#part.push(Buffer.from(chunk.subarray(start)))
     this.#partBytes += rest
-    return this.#partBytes <= MAX_LINE_BYTES
+    return this.#partBytes <= MAX_LINE_TO_AGENT
   }
 
   #obeyAll(): void {
     while (!this.#parking) {
       const message = this.#messages.shift()
       if (!message) return
-      this.#obey(message)
+      guarded(() => this.#obey(message))
     }
   }
 
@@ -339,8 +383,8 @@ class Agent extends events.EventEmitter {
         if (!message.data) return
         const value = payloadValue(message.data)
         const child = typeof message.from === 'number' ? this.#children.get(message.from) : undefined
-        if (child) child.hear(value)
-        else this.emit('message', value, message.from)
+        if (child) child.inbox.deliver(value)
+        else this.inbox.deliver(value, message.from)
       }
     }
   }
@@ -375,6 +419,7 @@ class Agent extends events.EventEmitter {
   /** The line that says who this is; undefined where the supervisor is gone. */
   #wait(parked: object): Message | undefined {
     if (!this.#isIntact()) return undefined
+    const source = this.#identity
     const fd = this.#fd
     const handle = this.#handle
     handle.setBlocking(true)
@@ -385,7 +430,6 @@ class Agent extends events.EventEmitter {
         const at = this.#messages.findIndex(({ type }) => type === 'resumed' || type === 'forked')
         if (at >= 0) return this.#messages.splice(at, 1)[0]
         const length = readSome(handle, chunk)
-        if (length === 0) return undefined
         const identity = identityOf(fd)
         if (identity !== this.#identity) {
           // A fork: another connection, under the same number. What came before is the source's.
@@ -394,7 +438,10 @@ class Agent extends events.EventEmitter {
           this.#part = []
           this.#partBytes = 0
         }
-        if (!this.#take(chunk.subarray(0, length))) return undefined
+        if (length > 0 && this.#take(chunk.subarray(0, length))) continue
+        // A fork that nobody tells who it is must not go on as its source.
+        if (isOther(identity, source)) exitNow()
+        return undefined
       }
     } catch {
       return undefined
@@ -415,6 +462,7 @@ class Agent extends events.EventEmitter {
     // They are the source's: nobody in this process hears of them.
     this.#calls.clear()
     this.#children.clear()
+    this.inbox.clear()
     this.#await(-this.#awaited)
     try {
       connections.destroyAll()
@@ -438,8 +486,7 @@ class Agent extends events.EventEmitter {
       } catch {
         // Nobody hears it.
       }
-      // Without exit handlers: what they remove is the source's.
-      ;(process as unknown as { reallyExit(status: number): never }).reallyExit(FAILED_STATUS)
+      exitNow()
     }
   }
 
@@ -506,6 +553,20 @@ function failureOf(error: unknown, hook?: string): Failure {
   return { ...(hook === undefined ? {} : { hook }), message, ...(stack === undefined ? {} : { stack }) }
 }
 
+/** Without exit handlers: what they remove is the source's. */
+function exitNow(): never {
+  return (process as unknown as { reallyExit(status: number): never }).reallyExit(FAILED_STATUS)
+}
+
+/** What the program's code throws is as any other error that nobody catches, and keeps no message from being heard. */
+function guarded(code: () => void): void {
+  try {
+    code()
+  } catch (error) {
+    crash(error)
+  }
+}
+
 /** An error of the function that runs in a fork is the fork's own: it ends as by any error that nobody catches. */
 function crash(error: unknown): void {
   setImmediate(() => {
@@ -534,6 +595,9 @@ function identityOf(fd: number): string {
     return ''
   }
 }
+
+/** Of two sockets. Their file system is one, and anything else was put there by the program itself. */
+const isOther = (identity: string, than: string) => identity !== than && identity.split(':')[0] === than.split(':')[0]
 
 function writeAll(fd: number, bytes: Buffer): void {
   for (let at = 0; at < bytes.length; ) at += fs.writeSync(fd, bytes, at)

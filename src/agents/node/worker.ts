@@ -25,7 +25,7 @@ export interface WorkerChild {
   readonly exited: Promise<{ code: number | null; signal: string | null }>
   /** Sends bytes, or a value that JSON can have: its `worker.on('message')`. */
   send(data: unknown): void
-  /** What it says before the first listener is there is kept for that one. */
+  /** The last 1,000 messages from before the first listener are kept for that one. */
   on(event: 'message', listener: (data: unknown) => void): this
 }
 
@@ -79,9 +79,12 @@ export interface WarmforkWorker {
   fork(run: Run): Promise<WorkerChild>
   /** `run` is called in each fork of it, where the promise never settles. */
   checkpoint(run?: Run): Promise<WorkerCheckpoint>
-  /** Sends bytes, or a value that JSON can have, to the user of the supervisor, or to the process that has forked this one. */
+  /**
+   * Sends bytes, or a value that JSON can have, to the user of the supervisor, or to the process that has forked this one.
+   * @throws Error with `code`: NO_SUPERVISOR, and BAD_OPTION for more than 8 MiB
+   */
   send(data: unknown, to?: 'parent'): void
-  /** A listener does not keep the process running. */
+  /** A listener does not keep the process running. Messages from before the first one are kept for it, the last 1,000 of them. */
   on<E extends keyof WorkerEvents>(event: E, listener: WorkerEvents[E]): void
   off<E extends keyof WorkerEvents>(event: E, listener: WorkerEvents[E]): void
 }
@@ -95,7 +98,12 @@ interface Hook<A extends unknown[]> {
 interface Offspring {
   readonly pid: number
   readonly generation: number
-  onMessage(listener: (data: unknown) => void): void
+  readonly inbox: Mailbox<[data: unknown]>
+}
+
+interface Mailbox<A extends unknown[]> {
+  listen(listener: (...message: A) => void): void
+  unlisten(listener: (...message: A) => void): void
 }
 
 /** The agent's side, which lives in a CommonJS module since it can be preloaded. */
@@ -103,6 +111,7 @@ interface Agent {
   readonly before: Hook<[]>[]
   readonly after: Hook<[]>[]
   readonly onFork: Hook<[ForkPayload]>[]
+  readonly inbox: Mailbox<Parameters<WorkerEvents['message']>>
   readonly payload: ForkPayload | undefined
   readonly connected: boolean
   ready(): void
@@ -111,8 +120,8 @@ interface Agent {
   exitOf(child: Offspring): WorkerChild['exited']
   keep(run: Run | undefined): Promise<number>
   drop(generation: number): void
-  on(event: string, listener: (...args: never[]) => void): unknown
-  off(event: string, listener: (...args: never[]) => void): unknown
+  on(event: 'disconnect', listener: () => void): unknown
+  off(event: 'disconnect', listener: () => void): unknown
 }
 
 const shared = (globalThis as unknown as Record<symbol, Agent | undefined>)[Symbol.for('warmfork.agent')]
@@ -152,7 +161,7 @@ async function forked(options: ForkOptions, run: Run | undefined, generation?: n
     },
     send: (data) => main().send(data, offspring.pid),
     on(_, listener) {
-      offspring.onMessage(listener)
+      offspring.inbox.listen(listener)
       return child
     },
   }
@@ -190,8 +199,14 @@ export const worker: WarmforkWorker = {
     }
   },
   send: (data, to) => main().send(data, to),
-  on: (event, listener) => void main().on(event, listener as (...args: never[]) => void),
-  off: (event, listener) => void main().off(event, listener as (...args: never[]) => void),
+  on(event, listener) {
+    if (event === 'message') main().inbox.listen(listener as WorkerEvents['message'])
+    else main().on('disconnect', listener as WorkerEvents['disconnect'])
+  },
+  off(event, listener) {
+    if (event === 'message') main().inbox.unlisten(listener as WorkerEvents['message'])
+    else main().off('disconnect', listener as WorkerEvents['disconnect'])
+  },
 }
 
 export default worker
