@@ -1,7 +1,7 @@
 /** What a terminal gets: colours, a list that moves, and a child whose streams it is. Python's pty gives the terminal. */
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { closeSync } from 'node:fs'
+import { closeSync, rmSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { isAlive } from '../src/linux/proc.js'
@@ -21,19 +21,12 @@ const quoted = (words: readonly string[]) => words.map((word) => `'${word.replac
 
 const ON_A_TERMINAL = 'import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))'
 
-/** Runs the CLI on a terminal of its own; what it shows, and its exit status. */
-async function onTerminal(
-  args: readonly string[],
-  options: { input?: string; env?: Record<string, string>; until?: RegExp } = {},
-) {
+/** Runs a line of a shell on a terminal of its own; what it shows, and its exit status. */
+async function shell(line: string, options: { input?: string; env?: Record<string, string>; until?: RegExp } = {}) {
   const env: NodeJS.ProcessEnv = { ...process.env, TERM: 'xterm', ...options.env }
   if (!options.env?.NO_COLOR) delete env.NO_COLOR
   // (`script` of util-linux 2.38 now and then does not notice that its child has ended.)
-  const command = `stty cols 150 rows 40; exec ${quoted([...CLI, ...args])}`
-  const script = spawn('python3', ['-c', ON_A_TERMINAL, '/bin/sh', '-c', command], {
-    env,
-    timeout: 40_000,
-  })
+  const script = spawn('python3', ['-c', ON_A_TERMINAL, '/bin/sh', '-c', line], { env, timeout: 40_000 })
   script.stdin.on('error', () => {})
   let shown = ''
   script.stdout.on('data', (chunk) => {
@@ -43,6 +36,11 @@ async function onTerminal(
   if (options.input !== undefined) script.stdin.write(options.input)
   const [code] = await once(script, 'close')
   return { shown, code }
+}
+
+/** Runs the CLI on a terminal. */
+function onTerminal(args: readonly string[], options?: Parameters<typeof shell>[1]) {
+  return shell(`stty cols 150 rows 40; exec ${quoted([...CLI, ...args])}`, options)
 }
 
 test('ps has bold headings', async () => {
@@ -105,14 +103,14 @@ describe.skipIf(!ENGINES.includes('criu'))('fork --tty', () => {
   afterAll(() => supervised.leave())
 
   /** The command on a terminal of 100 columns, as its controlling one. */
-  function fork(args: readonly string[] = ['--tty'], name = 'repl') {
+  function fork(args: readonly string[] = ['--tty'], name = 'repl', place = supervised) {
     const master = openMaster()
     setWindowSize(master, { columns: 100, rows: 30 })
     const slave = openSlave(master)
     const before = terminalModes(slave)
     const modesAreBack = () => Buffer.from(terminalModes(slave)).equals(before)
     const screen = new Screen(new Pty(master))
-    const command = spawn('setsid', ['--ctty', ...CLI, 'fork', '--name', name, ...args, ...supervised.here], {
+    const command = spawn('setsid', ['--ctty', ...CLI, 'fork', '--name', name, ...args, ...place.here], {
       stdio: [slave, slave, slave],
     })
     made.push(() => {
@@ -126,7 +124,6 @@ describe.skipIf(!ENGINES.includes('criu'))('fork --tty', () => {
   /** The same, once its REPL answers. */
   async function repl(value: number, args?: readonly string[]) {
     const started = fork(args)
-    await eventually(() => !started.modesAreBack(), 'the terminal is in raw mode')
     await started.screen.line(`const mine = ${value}`, /undefined\r$/)
     return started
   }
@@ -157,6 +154,37 @@ describe.skipIf(!ENGINES.includes('criu'))('fork --tty', () => {
     command.kill('SIGKILL')
     await eventually(modesAreBack, 'the modes are back')
     await eventually(() => !isAlive(pid), 'the child is ended')
+  })
+
+  test('gives the terminal back where the supervisor is killed', async () => {
+    const killed = new Terminal()
+    try {
+      const { process: supervisor } = await killed.run(
+        'repl',
+        ['--tty', '--ready-output', '> '],
+        [process.execPath, '-i'],
+        {
+          env: { NODE_REPL_HISTORY: '' },
+        },
+      )
+      const { screen, exited, modesAreBack } = fork(['--tty'], 'repl', killed)
+      await screen.line('6 * 7', /^42\r$/)
+      supervisor.kill('SIGKILL')
+      expect(await exited).toBe(1)
+      expect(modesAreBack()).toBe(true)
+    } finally {
+      // A control socket stays until the next supervisor of that name, or goes with its directory.
+      await eventually(() => killed.processes().length === 0, 'the guard has ended what was left')
+      rmSync(killed.runtimeDirectory, { recursive: true })
+      await killed.leave()
+    }
+  })
+
+  test('is refused in the background, where it would take the terminal from the shell', async () => {
+    const command = `${quoted([...CLI, 'fork', '--tty', '--name', 'repl', ...supervised.here])} & wait $!; echo "status $?"`
+    const { shown } = await shell(`set -m; ${command}`)
+    expect(shown).toContain('runs in the background')
+    expect(shown).toContain('status 2')
   })
 
   test('is an error where the template has none, or this is none', async () => {

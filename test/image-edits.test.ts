@@ -30,6 +30,7 @@ import { inheritListeners } from '../src/image/edits/listeners.js'
 import { planMemory } from '../src/image/edits/memory.js'
 import { replaceFiles } from '../src/image/edits/replaced-files.js'
 import { stdioPipes, strayPipes } from '../src/image/edits/stdio.js'
+import { inheritTerminal } from '../src/image/edits/terminal.js'
 import { wipeRanges, withoutRanges } from '../src/image/edits/wipe.js'
 import { buildImageFile, parseImageFile } from '../src/image/image-file.js'
 import { ImageSet } from '../src/image/image-set.js'
@@ -308,6 +309,33 @@ describe('identity', () => {
     renameIdsInside(set, filesWithIds(set), ids)
     expect(set.one('tty-info.img', TtyInfoEntry)).toEqual({ ...tty, sid: 1050, pgrp: 1070 })
     expect(set.core(50).task?.timers?.posix).toEqual([{ id: 0 }, { id: 1, notifyThreadId: 1051 }])
+  })
+
+  it('gives each open description of an external terminal a key of its own, and a foreground group that is there', () => {
+    const EXTERNAL = 5
+    const PTY = 1
+    const info = (id: number, type: number, pgrp: number) => ({ id, type, sid: 50, pgrp, rdev: 0x8803, dev: 24 })
+    const file = (id: number, flags: number) => ({
+      type: FILE_TYPE.TTY,
+      id,
+      tty: { id, infoId: 2000 + id, flags, owner: owner(0) },
+    })
+    const set = image({
+      processes: [{ pid: 50 }],
+      files: [file(1, OPEN.RDWR | 0o100000), file(2, OPEN.RDWR | OPEN.NONBLOCK), file(3, OPEN.RDWR)],
+      more: {
+        'tty-info.img': framed(TtyInfoEntry, [info(2001, EXTERNAL, 50), info(2002, EXTERNAL, 77), info(2003, PTY, 77)]),
+      },
+    })
+    expect(inheritTerminal(set)).toEqual([
+      { key: 'tty[1:0]', flags: OPEN.RDWR },
+      { key: 'tty[2:0]', flags: OPEN.RDWR | OPEN.NONBLOCK },
+    ])
+    expect(set.all('tty-info.img', TtyInfoEntry)).toEqual([
+      { ...info(2001, EXTERNAL, 50), rdev: 1, dev: 0 },
+      { ...info(2002, EXTERNAL, 50), rdev: 2, dev: 0 },
+      info(2003, PTY, 77),
+    ])
   })
 
   describe('finds where a thread remembers its id', () => {

@@ -1,5 +1,5 @@
 /** Terminals with real programs that read from one. IRB on JRuby is tried in the matrix, since it takes long to boot. */
-import { mkdtempSync, readdirSync, rmSync } from 'node:fs'
+import { constants, mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
@@ -26,6 +26,28 @@ const REPLS: Record<string, Repl> = {
     interrupted: /KeyboardInterrupt/,
     who: '__import__("os").environ["WHO"]',
   },
+}
+
+/** How many pseudo-terminals the system has. */
+const ptys = () => Number(readFileSync('/proc/sys/kernel/pty/nr', 'latin1'))
+
+/** The descriptors of a process that lead to a terminal, with their access mode and O_NONBLOCK. */
+function terminalFlags(pid: number): [fd: number, flags: number][] {
+  return readdirSync(`/proc/${pid}/fd`)
+    .filter((fd) => readlinkSync(`/proc/${pid}/fd/${fd}`).startsWith('/dev/pts/'))
+    .map((fd) => {
+      const flags = /^flags:\s*(\d+)/m.exec(readFileSync(`/proc/${pid}/fdinfo/${fd}`, 'latin1'))![1]!
+      return [Number(fd), Number.parseInt(flags, 8) & (constants.O_NONBLOCK | 3)]
+    })
+}
+
+/** Session, number of its terminal, and the group in the foreground there. */
+function sessionOf(pid: number): number[] {
+  return readFileSync(`/proc/${pid}/stat`, 'latin1')
+    .replace(/^.*\) \S \d+ \d+ /s, '')
+    .split(' ')
+    .slice(0, 3)
+    .map(Number)
 }
 
 describe.skipIf(!ENGINES.includes('criu'))('a terminal of its own', () => {
@@ -128,9 +150,23 @@ describe.skipIf(!ENGINES.includes('criu'))('a terminal of its own', () => {
     await fork(40)
     await eventually(() => supervisor.pool.parked.length === 1, 'one is parked')
     const before = descriptors()
-    for (let i = 0; i < 30; i++) await fork(41 + i)
+    const ptysBefore = ptys()
+    for (let i = 0; i < 100; i++) await fork(41 + i)
     // Those of the criu processes that are ahead of the forks come and go.
     await eventually(() => descriptors() <= before + 4, 'no descriptor is left')
+    await eventually(() => ptys() <= ptysBefore + 2, 'no terminal is left')
+  })
+
+  test('is open as often as in the template, blocking or not as there, and controls the session', async () => {
+    const supervisor = await start({ command: REPLS.Node!.command, ready: { output: '> ' } })
+    const child = await supervisor.fork()
+    const flags = terminalFlags(supervisor.template!.pid)
+    expect(terminalFlags(child.pid)).toEqual(flags)
+    // libuv opens its terminal once more, in order not to block those who share it.
+    expect(new Set(flags.map(([, one]) => one & constants.O_NONBLOCK)).size).toBe(2)
+    const [session, terminal, foreground] = sessionOf(child.pid)
+    expect([session, foreground]).toEqual([child.pid, child.pid])
+    expect(terminal).not.toBe(sessionOf(supervisor.template!.pid)[1])
   })
 
   test('gives the last words of a program that nobody listened to', async () => {

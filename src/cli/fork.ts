@@ -2,7 +2,7 @@
  * `warmfork fork`: a child on this terminal. Only what it needs is loaded, and this process writes nothing as long as the
  * child runs: the standard streams are the child's.
  */
-
+import { readFileSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { isatty } from 'node:tty'
 import { type Command, InvalidArgumentError } from 'commander'
@@ -92,17 +92,35 @@ async function fork(
 }
 
 function requireTerminal(): void {
-  if (isatty(0) && isatty(1)) return
+  const tried = 'fork on a terminal'
+  if (!isatty(0) || !isatty(1)) {
+    throw new WarmforkError('BAD_OPTION', {
+      tried,
+      happened: 'stdin and stdout of this command are no terminal',
+      remedy: 'Leave `--tty` out, or run it on a terminal.',
+    })
+  }
+  if (!inBackground()) return
   throw new WarmforkError('BAD_OPTION', {
-    tried: 'fork on a terminal',
-    happened: 'stdin and stdout of this command are no terminal',
-    remedy: 'Leave `--tty` out, or run it on a terminal.',
+    tried,
+    happened: 'this command runs in the background, and would take the terminal from the shell',
+    remedy: 'Run it in the foreground.',
   })
 }
 
+/** Where the terminal is another's, or this is a platform without /proc, nobody can tell. */
+function inBackground(): boolean {
+  if (process.platform !== 'linux') return false
+  // What follows on the name: state, parent, own group, session, terminal, and the terminal's foreground group.
+  const [, , group, , , foreground] = readFileSync('/proc/self/stat', 'latin1')
+    .replace(/^.*\) /s, '')
+    .split(' ')
+  return foreground !== group && foreground !== '-1'
+}
+
 /**
- * As long as the child runs, this terminal is in raw mode: what is typed, Ctrl-C too, is a byte for the child, and the child's own
- * terminal makes of it what its modes say. The supervisor reads it and writes to it.
+ * As long as the child runs, this terminal is in raw mode. The supervisor reads it, writes to it and gives it back as it was; here
+ * is done what remains where it cannot.
  */
 async function onTerminal(
   client: ControlClient,
@@ -113,24 +131,22 @@ async function onTerminal(
   process.stdout.on('resize', () => {
     client.request('resize', { request, ...size() }).catch(() => {})
   })
-  let setRaw: (on: boolean) => void = () => {}
-  process.once('exit', () => setRaw(false))
+  let before: Buffer | undefined
   // After a stop the shell has set the modes that it wants.
-  process.on('SIGCONT', () => setRaw(true))
-  let over = false
-  const result = client.request('fork', { tty: size(), ...params }, async () => {
-    // Loaded here, so that the child need not wait for it. Node's own raw mode still changes line ends.
-    const { rawModes, setTerminalModes, terminalModes } = await import('../linux/pty.js')
-    if (over) return
-    const before = terminalModes(0)
-    setRaw = (on) => setTerminalModes(0, on ? rawModes(before) : before)
-    setRaw(true)
+  process.on('SIGCONT', async () => {
+    const { rawModes, setTerminalModes } = await import('../linux/pty.js')
+    if (before) setTerminalModes(0, rawModes(before))
   })
   try {
-    return await result
+    return await client.request('fork', { tty: size(), ...params }, ({ modes }) => {
+      if (modes !== undefined) before = Buffer.from(modes, 'base64')
+    })
   } finally {
-    over = true
-    process.removeAllListeners('SIGCONT')
-    setRaw(false)
+    const modes = before
+    before = undefined
+    if (modes) {
+      const { setTerminalModes } = await import('../linux/pty.js')
+      setTerminalModes(0, modes)
+    }
   }
 }

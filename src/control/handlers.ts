@@ -47,7 +47,7 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
           const on = await forkOnTerminal(supervisor, caller, tty, forkInput(input))
           child = on.child
           if (size && size !== tty) child.terminal.resize(size.columns, size.rows)
-          request.emit({ pid: child.pid, generation: child.generation })
+          request.emit({ pid: child.pid, generation: child.generation, modes: on.link.modes })
           for (const signal of waiting) child.kill(signal)
           return await linked(caller, child, on.link)
         }

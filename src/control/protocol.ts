@@ -88,11 +88,12 @@ export interface Methods {
   /**
    * A child on the standard streams of the client's process. The result comes when the child has ended; where the client's
    * connection ends before that, the child gets SIGHUP. With `tty` the child has a terminal of its own, of that size, whose other
-   * side is the client's terminal (its 0 and 1); from the event on, the client's is to be in raw mode.
+   * side is the client's terminal (its 0 and 1). That one is in raw mode as long as the child runs; `modes` in the event are those
+   * that it had before (the kernel's `struct termios` in base64), should the supervisor not be there to set them again.
    */
   fork: {
     params: { tty?: TerminalSize; input?: ForkInputParams }
-    event: { pid: number; generation: number }
+    event: { pid: number; generation: number; modes?: string }
     result: ExitStatus
   }
   /** Sends a signal to the child of a `fork` that was asked for on this connection; it waits for a child that is not there yet. */

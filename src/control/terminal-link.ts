@@ -6,7 +6,7 @@
 import { closeSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { ReadStream } from 'node:tty'
-import { setTerminalModes, terminalModes } from '../linux/pty.js'
+import { rawModes, setTerminalModes, terminalModes } from '../linux/pty.js'
 import type { Terminal } from '../terminal.js'
 
 /** A terminal that does not take its last output within this time is not waited for: it may be gone, or held up. */
@@ -19,15 +19,18 @@ export class TerminalLink {
   readonly #keyboard: Stream
   readonly #screen: Stream
   readonly #ended: Promise<void>
+  #over = false
 
   /**
-   * Begins to carry. The client sets its terminal to raw mode after this.
+   * Sets the client's terminal to raw mode (what is typed, Ctrl-C too, is a byte for the child, and the child's own terminal makes of
+   * it what its modes say), and begins to carry.
    * @param input, output descriptors of the client's terminal, which are this object's to close from now on
    */
   constructor(terminal: Terminal, input: number, output: number) {
     this.#terminal = terminal
     this.#input = input
     this.#modes = terminalModes(input)
+    setTerminalModes(input, rawModes(this.#modes))
     this.#keyboard = new Stream(input)
     this.#screen = new Stream(output)
     const [keyboard, screen] = [this.#keyboard.socket, this.#screen.socket]
@@ -40,27 +43,34 @@ export class TerminalLink {
     })
   }
 
+  /** Of the client's terminal as they were, in base64. */
+  get modes(): string {
+    return Buffer.from(this.#modes).toString('base64')
+  }
+
   /** The child has ended: resolves when the client's terminal has its last output. */
   async finish(): Promise<void> {
     const shown = this.#ended.then(() => new Promise((resolve) => this.#screen.socket.write('', resolve)))
     const late = new AbortController()
     await Promise.race([shown, sleep(LAST_OUTPUT_MS, undefined, { signal: late.signal }).catch(() => {})])
     late.abort()
-    this.#close()
+    this.#end()
   }
 
-  /** The client has gone without a word: its terminal, which is in raw mode, is given back as it was found. */
+  /** The client has gone: its terminal is given back as it was found, and the child's hangs up. */
   abandon(): void {
+    this.#terminal.close()
+    this.#end()
+  }
+
+  #end(): void {
+    if (this.#over) return
+    this.#over = true
     try {
       setTerminalModes(this.#input, this.#modes)
     } catch {
       // The terminal itself is gone.
     }
-    this.#terminal.close()
-    this.#close()
-  }
-
-  #close(): void {
     this.#keyboard.close()
     this.#screen.close()
   }
@@ -75,7 +85,6 @@ class Stream {
   readonly #fd: number
   /** libuv opens a terminal anew, so as not to change the flags that others see, and leaves the descriptor to its owner. */
   readonly #ownsDescriptor: boolean
-  #closed = false
 
   constructor(fd: number) {
     this.#fd = fd
@@ -86,8 +95,6 @@ class Stream {
   }
 
   close(): void {
-    if (this.#closed) return
-    this.#closed = true
     this.socket.destroy()
     if (this.#ownsDescriptor) closeSync(this.#fd)
   }
