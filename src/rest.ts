@@ -43,6 +43,7 @@ export async function untilAtRest(
 ): Promise<void> {
   const tried = `checkpoint ${quoted(command)}`
   let busy: string | undefined
+  let looked = false
   const late = () =>
     new WarmforkError('NOT_AT_REST', {
       tried,
@@ -50,12 +51,15 @@ export async function untilAtRest(
     })
   const wait = async (signal: AbortSignal) => {
     for (;;) {
+      const before = looked && busy === undefined
       busy = await whatIsInHand(template.pid)
-      if (busy === undefined) return
+      // Twice in a row: a connection that is accepted during a look is seen neither in the queue nor among the descriptors.
+      if (busy === undefined && before) return
+      looked = true
       await sleep(LOOK_AGAIN_MS, undefined, { signal })
     }
   }
-  await template.during(wait, { tried, timeoutMs: Math.max(1, timeoutMs), late, signal })
+  await template.during(wait, { tried, timeoutMs: Math.max(3 * LOOK_AGAIN_MS, timeoutMs), late, signal })
 }
 
 /** What a process and its descendants have in hand, as a phrase; undefined where they are at rest. */
