@@ -79,7 +79,11 @@ module Warmfork
 
     # Says that the program is booted and warm.
     def ready
-      @session&.send_line(%({"type":"ready"}\n))
+      return unless @session&.open?
+
+      # On this thread, whose others may be busy: the agent's would wait for them at each file that it reads.
+      Platform.prepare
+      @session.send_line(%({"type":"ready"}\n))
       nil
     end
 

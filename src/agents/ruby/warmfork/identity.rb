@@ -44,12 +44,20 @@ module Warmfork
         { base64: [data].pack('m0') }
       else
         # Looked at now, so that the error meets who has given it.
-        require 'json'
-        JSON.generate(data, max_nesting: 0)
+        json.generate(data, max_nesting: 0)
         { json: data }
       end
     rescue StandardError => e
       raise Error.new('BAD_OPTION', "the data cannot be sent: #{e.message}")
+    end
+
+    # Loaded when it is needed, and asked for once: RubyGems looks through directories at each `require`, also of what is there, and lets
+    # other threads run meanwhile.
+    def json
+      @json ||= begin
+        require 'json'
+        JSON
+      end
     end
 
     def decode(data)

@@ -33,9 +33,9 @@ module Warmfork
 
       # What a fork needs is loaded, and looked for, before the checkpoint: each would do it again.
       def prepare
-        require 'json'
-        require_relative 'java_random'
-        require_relative 'jruby_gate'
+        Identity.json
+        require_relative 'java_random' unless defined?(JavaRandom)
+        require_relative 'jruby_gate' unless defined?(Gate)
         JavaRandom.prepare
         Gate.prepare
       end
@@ -45,7 +45,7 @@ module Warmfork
       end
 
       def renew_random(seed)
-        require_relative 'java_random'
+        require_relative 'java_random' unless defined?(JavaRandom)
         JavaRandom.renew(seed)
       end
 

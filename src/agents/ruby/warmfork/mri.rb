@@ -35,10 +35,10 @@ module Warmfork
 
       # What a fork needs is loaded before the checkpoint: each would load it again.
       def prepare
-        require 'json'
+        Identity.json
         return unless SYSTEM_CALLS_WORK && RUBY_VERSION < '3.3'
 
-        require_relative 'mri_pid'
+        require_relative 'mri_pid' unless defined?(RememberedPid)
         RememberedPid.find
       end
 

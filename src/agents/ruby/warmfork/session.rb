@@ -178,8 +178,7 @@ module Warmfork
       return { 'type' => 'welcome' } if line.start_with?('{"type":"welcome"')
       return { 'type' => 'goodbye' } if line.start_with?('{"type":"goodbye"')
 
-      require 'json'
-      message = JSON.parse(line.dup.force_encoding(Encoding::UTF_8), max_nesting: false)
+      message = Identity.json.parse(line.dup.force_encoding(Encoding::UTF_8), max_nesting: false)
       message if message.is_a?(Hash)
     rescue JSON::ParserError
       nil
@@ -387,8 +386,7 @@ module Warmfork
     def line_of(message)
       return message if message.is_a?(String)
 
-      require 'json'
-      line = "#{JSON.generate(message, max_nesting: 0)}\n"
+      line = "#{Identity.json.generate(message, max_nesting: 0)}\n"
       return line if line.bytesize <= MAX_LINE_TO_SUPERVISOR
 
       raise Error.new('BAD_OPTION', "a message has at most #{MAX_LINE_TO_SUPERVISOR} bytes, and this one #{line.bytesize}")
