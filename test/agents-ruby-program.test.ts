@@ -1,6 +1,6 @@
 /** What the Ruby agent does to the program that it is in, and what it bears from it. The supervisor's side is played by the test. */
 import { spawnSync } from 'node:child_process'
-import { existsSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from 'node:fs'
+import { existsSync, mkdirSync, mkdtempSync, readlinkSync, rmSync, symlinkSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -161,6 +161,33 @@ describe.skipIf(!existsSync(RUBY))('the Ruby agent', () => {
     expect(await agent.next()).toBe(undefined)
     program!.say('well?')
     expect(await program!.expect('asked')).toMatchObject({ connected: false })
+  })
+
+  test('ends in a fork that nobody tells who it is, where its connection ends', async () => {
+    // x86-64's clone (with CLONE_FILES), dup2 and exit: a process that has the descriptors in common replaces one as the restore of a fork does.
+    const agent = await start(`
+      say("started")
+      fd = Integer($stdin.gets)
+      other, = UNIXSocket.pair
+      if syscall(56, 0x400 | 17, 0, 0, 0, 0).zero?
+        until File.exist?("parked"); end
+        syscall(33, other.fileno, fd)
+        syscall(60, 0)
+      end
+      say("cloned")
+      sleep
+    `)
+    await program!.expect('started')
+    const link = () => readlinkSync(`/proc/${program!.pid}/fd/${agent.hello.fd}`)
+    const before = link()
+    program!.say(`${agent.hello.fd}`)
+    await program!.expect('cloned')
+    agent.checkpoint(1)
+    await agent.expect('parked')
+    mkdirSync(join(program!.directory, 'parked'))
+    await expect.poll(link, { timeout: 5_000 }).not.toBe(before)
+    agent.socket.destroy()
+    expect(await program!.exit()).toEqual({ code: 70, signal: null })
   })
 
   test('has main stand still for the hooks, but not for ever where it holds what they need', async () => {

@@ -184,6 +184,13 @@ module Warmfork
         false
       end
 
+      # Whether another one is in its place.
+      def replaced?
+        @file != file
+      rescue SystemCallError
+        false
+      end
+
       def write(line)
         until line.empty?
           count = retried { POSIX.write(@fd, line.to_java_bytes, line.bytesize) }

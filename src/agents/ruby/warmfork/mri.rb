@@ -201,6 +201,13 @@ module Warmfork
         false
       end
 
+      # Whether another one is in its place.
+      def replaced?
+        @file != file
+      rescue SystemCallError, IOError
+        false
+      end
+
       def write(line)
         line = line.byteslice(@io.syswrite(line)..) until line.empty?
       end

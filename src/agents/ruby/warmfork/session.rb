@@ -242,18 +242,26 @@ module Warmfork
       line = line_of(words)
       raise IOError, 'the descriptor is another file' unless @wire.ours?
 
+      @replaced = false
       @wire.write_holding(line)
       loop do
         line = next_line { read_parked }
         answer = line && parse(line)
         @epoch += 1 if answer && answer['type'] == 'forked'
-        return [answer, later] if answer.nil? || %w[resumed forked].include?(answer['type'])
+        break if answer.nil?
+        return [answer, later] if %w[resumed forked].include?(answer['type'])
 
         later << answer
       end
+      unanswered
     rescue *LOST
-      # Nobody says any more who this is: a fork whose supervisor has died must not draw what the others draw.
-      Identity.renew_random('')
+      unanswered
+    end
+
+    # A fork that nobody tells who it is must not go on as its source.
+    def unanswered
+      exit!(FAILED_STATUS) if @replaced || @wire.replaced?
+
       nil
     end
 
@@ -273,6 +281,7 @@ module Warmfork
       chunk = @wire.read_holding
       unless @wire.ours?
         # A fork: what was read of the source's connection is not for it.
+        @replaced = true
         @buffer.clear
         @wire.remember
       end
