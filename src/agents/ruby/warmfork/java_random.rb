@@ -32,14 +32,18 @@ module Warmfork
       end
 
       def renew(seed)
-        bytes = Platform.random_bytes(64, seed).to_java_bytes
+        threads = @seed_of_thread ? every_thread : []
+        @static ||= @unsafe ? STATIC.filter_map { |name, field| attempt { static(name, field) } } : []
+        # All at once: in a fork each line of Ruby runs as if for the first time.
+        bytes, *longs = Platform.random_bytes(64 + (8 * (1 + @static.size + threads.size)), seed).unpack('a64q*')
+        bytes = bytes.to_java_bytes
         (@secure || []).each { |generator| attempt { generator.setSeed(bytes) } }
         contexts.each { |context| attempt { context.secureRandom&.setSeed(bytes) } }
-        attempt { JRuby.runtime.getRandom.setSeed(long(seed)) }
         openssl.each { |generator| attempt { generator.reseed(bytes) } }
-        @static ||= @unsafe ? STATIC.filter_map { |name, field| attempt { static(name, field) } } : []
-        @static.each { |value| attempt { renew_static(value, bytes, seed) } }
-        attempt { renew_threads(seed) } if @seed_of_thread
+        attempt { JRuby.runtime.getRandom.setSeed(longs.pop) }
+        @static.each { |value| attempt { renew_static(value, bytes, longs.pop) } }
+        # Each thread's own ThreadLocalRandom.
+        threads.each { |thread| @unsafe.putLong(thread, @seed_of_thread, longs.pop) }
       end
 
       # `ProcessHandle.current.pid` is asked of the system once.
@@ -57,10 +61,6 @@ module Warmfork
         nil
       end
 
-      def long(seed)
-        Platform.random_bytes(8, seed).unpack1('q')
-      end
-
       def java_class(name)
         java.lang.Class.forName(name)
       end
@@ -76,17 +76,21 @@ module Warmfork
         @unsafe.getObject(@unsafe.staticFieldBase(field), @unsafe.staticFieldOffset(field))
       end
 
-      def renew_static(value, bytes, seed)
+      def renew_static(value, bytes, long)
         case value
         when java.security.SecureRandom then value.setSeed(bytes)
-        when java.util.Random then value.setSeed(long(seed))
-        when java.util.concurrent.atomic.AtomicLong then value.set(long(seed))
+        when java.util.Random then value.setSeed(long)
+        when java.util.concurrent.atomic.AtomicLong then value.set(long)
         end
       end
 
-      # Each thread's own ThreadLocalRandom.
-      def renew_threads(seed)
-        java.lang.Thread.getAllStackTraces.keySet.each { |thread| @unsafe.putLong(thread, @seed_of_thread, long(seed)) }
+      def every_thread
+        group = java.lang.Thread.currentThread.getThreadGroup
+        group = group.getParent while group.getParent
+        threads = java.lang.Thread[group.activeCount * 2].new
+        group.enumerate(threads, true)
+        # What is written into must be a thread: Unsafe does not ask.
+        threads.to_a.grep(java.lang.Thread)
       end
 
       # Each of Ruby's threads has a generator, on which its OpenSSL draws.

@@ -57,9 +57,13 @@ module Warmfork
       def random_bytes(count, seed)
         File.binread('/dev/urandom', count)
       rescue SystemCallError
-        @drawn = (@drawn || 0) + 1
-        digest = java.security.MessageDigest.getInstance('SHA-512').digest("#{@drawn} #{seed}".to_java_bytes)
-        String.from_java_bytes(digest)[0, count]
+        digest = java.security.MessageDigest.getInstance('SHA-512')
+        bytes = ''.b
+        while bytes.bytesize < count
+          @drawn = (@drawn || 0) + 1
+          bytes << String.from_java_bytes(digest.digest("#{@drawn} #{seed}".to_java_bytes))
+        end
+        bytes[0, count]
       end
 
       # `$$` and Java ask for it once.
