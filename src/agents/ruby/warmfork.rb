@@ -53,6 +53,7 @@ require_relative 'warmfork/session'
 module Warmfork
   @hooks = Hooks.new
   @inbox = Inbox.new
+  @ended = Inbox.new
 
   class << self
     # What was given to this fork, nil where nothing was; a String in binary encoding where bytes were given.
@@ -130,6 +131,11 @@ module Warmfork
       @inbox.add(handler)
     end
 
+    # Has the block called with the Exit of each fork that this process has asked for, on a thread of its own. `wait` gives it too.
+    def on_child_exit(&handler)
+      @ended.add(handler)
+    end
+
     # Whether there is a supervisor. Waits for its word where it has not said it yet.
     def connected?
       @session ? @session.welcome? : false
@@ -154,7 +160,7 @@ module Warmfork
 
     # The session that this process has from now on.
     def connect
-      @session = Session.connect(ENV['WARMFORK_SOCKET'], @hooks, @inbox)
+      @session = Session.connect(ENV['WARMFORK_SOCKET'], @hooks, @inbox, @ended)
       Platform.connected if @session
     end
 
@@ -164,6 +170,7 @@ module Warmfork
       @session = nil
       @generation = @payload = nil
       @inbox.renew
+      @ended.renew
       old.abandon
       connect
     end

@@ -1,7 +1,7 @@
 # frozen_string_literal: true
 
 module Warmfork
-  # Messages to the program, and the thread that hands them to its handlers. It knows no connection.
+  # Messages to the program, or ends of its forks, and the thread that hands them to its handlers. It knows no connection.
   class Inbox
     # Without a handler the oldest are dropped beyond this.
     MAX_WAITING = 1_000

@@ -16,17 +16,19 @@ module Warmfork
     private_constant :Answer, :Call
 
     # nil where nobody listens.
-    def self.connect(path, hooks, inbox)
-      new(Platform::Wire.new(path), hooks, inbox).start
+    def self.connect(path, hooks, inbox, ended)
+      new(Platform::Wire.new(path), hooks, inbox, ended).start
     rescue *LOST, ArgumentError
       # The last is said of a path that is too long.
       nil
     end
 
-    def initialize(wire, hooks, inbox)
+    def initialize(wire, hooks, inbox, ended)
       @wire = wire
       @hooks = hooks
       @inbox = inbox
+      # The ends of forks.
+      @ended = ended
       @buffer = String.new(encoding: Encoding::BINARY)
       # Held while it is written, and from `parked` to the answer.
       @writing = Mutex.new
@@ -291,6 +293,7 @@ module Warmfork
     def become_fork(message)
       Warmfork.send(:become, message)
       @inbox.renew
+      @ended.renew
       mine, @exits, @children = take_call(message['call']), {}, nil
       watching(message['timeoutMs'] || 10_000) do
         Identity.take_over(message, @hooks)
@@ -350,18 +353,19 @@ module Warmfork
     end
 
     def child_exit(message)
-      pid, code, signal = message.values_at('pid', 'code', 'signal')
+      ended = Exit.new(*message.values_at('pid', 'code', 'signal'))
       @state.synchronize do
         change do
-          @children&.delete(pid)
-          @exits[pid] = Exit.new(pid, code, signal)
+          @children&.delete(ended.pid)
+          @exits[ended.pid] = ended
         end
       end
+      @ended.deliver(ended, nil)
     end
 
     # Of these it is known that they go on only after the answer.
     def idle_threads
-      [Thread.current, *@inbox.idle_thread, *@state.synchronize { @calls.values.map(&:thread) }]
+      [Thread.current, *@inbox.idle_thread, *@ended.idle_thread, *@state.synchronize { @calls.values.map(&:thread) }]
     end
 
     def lose(message, close: true)
