@@ -42,6 +42,9 @@ function entries(path: string): string[] {
   }
 }
 
+/** Left there by others before these tests began: ids of supervisors come again. */
+const stale = new Set(entries('/dev/shm'))
+
 /** Descriptors, working directory and program of a process, as far as they are files. */
 function openPaths(pid: number): string[] {
   const links = entries(`/proc/${pid}/fd`).map((fd) => `/proc/${pid}/fd/${fd}`)
@@ -86,7 +89,9 @@ export function leftovers(place: Place, tokens: readonly string[] = [], supervis
     directories: entries(runtimeDirectory).flatMap((name) =>
       entries(join(runtimeDirectory, name)).map((run) => `${name}/${run}`),
     ),
-    derived: entries('/dev/shm').filter((name) => supervisors.some((pid) => name.startsWith(`warmfork-${pid}-`))),
+    derived: entries('/dev/shm').filter(
+      (name) => !stale.has(name) && supervisors.some((pid) => name.startsWith(`warmfork-${pid}-`)),
+    ),
     drafts: entries(store).flatMap((name) =>
       entries(join(store, name, 'generations')).filter((generation) => generation.startsWith('.')),
     ),

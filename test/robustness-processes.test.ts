@@ -215,6 +215,7 @@ describe('processes that are killed under a supervisor', () => {
     // Whoever has cleared its environment and leads a session of its own is known by its parents only, and they are gone.
     expect(relatives.map((pid) => isAlive(pid))).toEqual([false, false, true])
     kill(relatives[2]!)
+    await eventually(() => !isAlive(relatives[2]!), 'it is gone')
   })
 
   test('a child whose pipes its own child holds for a while costs no descriptor in the end', async () => {

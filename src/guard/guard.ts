@@ -2,6 +2,9 @@
  * The guard, seen from the supervisor: a tiny process in a session of its own that ends all that the supervisor made
  * once the supervisor goes, also by kill -9. A stop uses the same sweep, so that there is one way to end and it is
  * exercised at each stop. It knows processes and paths, and nothing of forks, engines or pools.
+ *
+ * A guard that dies is replaced some milliseconds later: only a supervisor that is killed within these has no guard. From
+ * the exec on, the next one needs no supervisor any more: what it has to know lies in its pipe before it starts.
  */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { closeSync, existsSync, writeSync } from 'node:fs'
