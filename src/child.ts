@@ -25,6 +25,8 @@ export interface ChildStats {
   readonly pid: number
   readonly generation: number
   readonly state: ChildState
+  /** That it has answered, as far as they are counted. */
+  readonly requests: number
   /** Memory that it has to itself. */
   readonly privateBytes: number
   /** Resident and shared with its siblings, or with others. */
@@ -52,6 +54,8 @@ export interface ChildEvents {
   running: []
   /** Its program sent something through its agent: bytes, or a value that JSON can have. */
   message: [data: unknown]
+  /** More requests were counted. */
+  requests: [total: number]
   /** It is being ended, since its hooks failed. */
   hooksFailed: [error: WarmforkError]
   exit: [status: ExitStatus]
@@ -104,6 +108,7 @@ export class Child extends EventEmitter<ChildEvents> {
   readonly #hookTimeoutMs: number
   readonly #origin: SourceProcess
   readonly #agents: AgentGroup | undefined
+  readonly #counted = { requests: 0, ms: 0 }
   #state: ChildState = 'parked'
   #forkedAt: Date | undefined
   readonly #parkedSince = Date.now()
@@ -133,6 +138,7 @@ export class Child extends EventEmitter<ChildEvents> {
     this.#agents?.on('request', (request) => {
       if (request.type === 'message' && request.to === undefined) this.emit('message', payloadValue(request.data))
     })
+    this.#agents?.on('requests', () => this.emit('requests', this.requests))
     this.#stopTimeoutMs = options.stopTimeoutMs
     this.pid = process_.pid
     this.generation = process_.generation
@@ -299,6 +305,7 @@ export class Child extends EventEmitter<ChildEvents> {
       pid: this.pid,
       generation: this.generation,
       state: this.#state,
+      requests: this.requests,
       ...memory,
       cpuPercent,
       cpuSeconds: cpuMs / 1000,
@@ -398,6 +405,42 @@ export class Child extends EventEmitter<ChildEvents> {
     } catch (error) {
       throw new WarmforkError('BAD_OPTION', { tried, happened: (error as Error).message })
     }
+  }
+
+  /** Requests that it has answered: as its agents count them, and as `countRequests` was told. */
+  get requests(): number {
+    return this.#counted.requests + (this.#agents?.requests.total ?? 0)
+  }
+
+  /** The sum of the times of its requests, from begin to answer, in milliseconds, as far as they are known. */
+  get requestMs(): number {
+    return this.#counted.ms + (this.#agents?.requests.ms ?? 0)
+  }
+
+  /** Why its program refuses to be checkpointed for others (`noLongerForkSafe`); undefined where it does not. */
+  get refuses(): string | undefined {
+    return this.#agents?.unsafe
+  }
+
+  /**
+   * Counts work that no agent counts: jobs, messages, requests of a protocol that it does not know. Reforks go by it.
+   * @param count how many more
+   * @param ms how long they took together, in milliseconds
+   * @throws BAD_OPTION
+   */
+  countRequests(count = 1, ms = 0): void {
+    const isCount = Number.isSafeInteger(count) && count >= 0
+    if (!isCount || !(ms >= 0) || ms === Number.POSITIVE_INFINITY) {
+      throw new WarmforkError('BAD_OPTION', {
+        tried: `count requests of child ${this.pid}`,
+        happened: isCount
+          ? `expected \`ms\` to be a number from 0 on, got ${ms}`
+          : `expected a whole number from 0 on, got ${count}`,
+      })
+    }
+    this.#counted.requests += count
+    this.#counted.ms += ms
+    if (count > 0) this.emit('requests', this.requests)
   }
 
   /** Called once the descriptors are closed that nobody has asked for. @internal */

@@ -9,7 +9,7 @@ import { Socket } from 'node:net'
 import { WarmforkError } from '../errors.js'
 import type { ForkedChannel, SourceChannel } from './channel.js'
 import { AgentLink, hookFailed } from './link.js'
-import { type Forked, type FromAgent, payloadOf, payloadValue, textOf } from './protocol.js'
+import { type AgentRecord, type Forked, type FromAgent, payloadOf, payloadValue, textOf } from './protocol.js'
 
 /** How long the exit of a process may come after the end of its connection. */
 const EXIT_MS = 250
@@ -28,6 +28,8 @@ export type AgentRequest = Extract<FromAgent, { type: 'fork' | 'keep' | 'drop' |
 export interface AgentGroupEvents {
   ready: []
   request: [request: AgentRequest, link: AgentLink]
+  /** `requests` has changed. */
+  requests: []
   /** An agent was lost for what it said. */
   broken: [link: AgentLink, reason: string]
 }
@@ -35,6 +37,7 @@ export interface AgentGroupEvents {
 export class AgentGroup extends EventEmitter<AgentGroupEvents> {
   readonly #links: AgentLink[] = []
   readonly #forked: { link: AgentLink; channel: ForkedChannel }[] = []
+  readonly #requests = new Map<AgentLink, { total: number; ms: number }>()
   #lost: AgentLink[] = []
 
   /** The agents of a fork: they wait for the line that `fork` sends. */
@@ -42,8 +45,9 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
     const group = new AgentGroup()
     for (const channel of channels) {
       const socket = new Socket({ fd: channel.fd, readable: true, writable: true })
-      const { worker: _worker, parked, checkpoint: _checkpoint, ...about } = channel.source.agent
-      const link = new AgentLink(socket, { type: 'hello', protocol: 1, ...about, pid: channel.hostPid })
+      const { agent, runtime, version, fd, counts, parked, unsafe } = channel.source.agent
+      const about = { agent, runtime, version, fd, pid: channel.hostPid, ...(counts ? { counts } : {}) }
+      const link = new AgentLink(socket, { type: 'hello', protocol: 1, ...about }, unsafe)
       // It was not in its read at the checkpoint, and does not know that it is a fork: it sees the connection closed.
       if (!parked) {
         link.close()
@@ -59,17 +63,8 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
   becomeFork(): this {
     const { worker } = this
     for (const link of this.links) {
-      const { agent, runtime, version, fd, pid } = link.hello
-      const record = {
-        agent,
-        runtime,
-        version,
-        fd,
-        worker: link === worker,
-        parked: true,
-        checkpoint: link.checkpointId,
-      }
-      const source = { pid, inode: 0, agent: record }
+      const { pid } = link.hello
+      const source = { pid, inode: 0, agent: recordOf(link, { worker: link === worker, parked: true }) }
       this.#forked.push({ link, channel: { source, hostPid: pid, pid, ppid: 0, threads: new Map(), fd: -1 } })
     }
     return this
@@ -79,6 +74,10 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
     this.#links.push(link)
     link.on('ready', () => this.emit('ready'))
     link.on('request', (request) => this.emit('request', request, link))
+    link.on('requests', (total, ms) => {
+      this.#requests.set(link, { total, ms })
+      this.emit('requests')
+    })
     link.on('close', (reason) => {
       if (reason !== undefined) this.emit('broken', link, reason)
     })
@@ -94,6 +93,27 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
     if (chosen) return chosen.isClosed ? undefined : chosen
     const { links } = this
     return links.find((link) => link.isReady) ?? links.at(-1)
+  }
+
+  /** Requests that all its processes have answered, and the sum of their times in milliseconds. */
+  get requests(): { readonly total: number; readonly ms: number } {
+    let total = 0
+    let ms = 0
+    for (const each of this.#requests.values()) {
+      total += each.total
+      ms += each.ms
+    }
+    return { total, ms }
+  }
+
+  /** Connections whose next request is held back, while all are parked. */
+  get heldRequests(): number {
+    return this.links.reduce((sum, link) => sum + link.heldRequests, 0)
+  }
+
+  /** Why it must never be the one that others are forked from. */
+  get unsafe(): string | undefined {
+    return this.#links.find((link) => link.unsafe !== undefined)?.unsafe
   }
 
   get isReady(): boolean {
@@ -148,25 +168,11 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
   channels(): SourceChannel[] {
     const { worker } = this
     return this.links.flatMap((link) => {
-      const { pid, fd, agent, runtime, version } = link.hello
+      const { pid, fd } = link.hello
       const inode = socketInode(pid, fd)
       if (inode === undefined) return []
       const parked = !this.#lost.includes(link)
-      return [
-        {
-          pid,
-          inode,
-          agent: {
-            agent,
-            runtime,
-            version,
-            fd,
-            worker: link === worker && parked,
-            parked,
-            checkpoint: link.checkpointId,
-          },
-        },
-      ]
+      return [{ pid, inode, agent: recordOf(link, { worker: link === worker && parked, parked }) }]
     })
   }
 
@@ -219,6 +225,21 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
 
   close(): void {
     for (const link of this.#links) link.close()
+  }
+}
+
+function recordOf(link: AgentLink, about: { worker: boolean; parked: boolean }): AgentRecord {
+  const { agent, runtime, version, fd, counts } = link.hello
+  const { checkpointId: checkpoint, unsafe } = link
+  return {
+    agent,
+    runtime,
+    version,
+    fd,
+    ...about,
+    checkpoint,
+    ...(counts ? { counts } : {}),
+    ...(unsafe === undefined ? {} : { unsafe }),
   }
 }
 

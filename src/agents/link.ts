@@ -26,6 +26,10 @@ export interface LinkEvents {
   ready: []
   running: [error: AgentFailure | undefined]
   failed: [error: AgentFailure]
+  /** Requests that its process has answered since it became itself, and the sum of their times in milliseconds. */
+  requests: [total: number, ms: number]
+  /** Its process must never be the one that others are forked from. */
+  unsafe: [reason: string]
   request: [request: Extract<FromAgent, { type: 'fork' | 'keep' | 'drop' | 'message' }>]
   /** `reason` where it was closed for what it said. */
   close: [reason: string | undefined]
@@ -41,11 +45,17 @@ export class AgentLink extends EventEmitter<LinkEvents> {
     | { id: number; settle: (answer: Extract<FromAgent, { type: 'parked' | 'refused' }> | undefined) => void }
     | undefined
   #sequence = 0
+  #heldRequests = 0
+  #unsafe: string | undefined
   #held: ToAgent[] | undefined
 
-  /** The socket's bytes from after the hello on are this object's, as is the socket. */
-  constructor(socket: Socket, hello: Hello) {
+  /**
+   * The socket's bytes from after the hello on are this object's, as is the socket. `unsafe`: what the process said of itself
+   * before it was copied.
+   */
+  constructor(socket: Socket, hello: Hello, unsafe?: string) {
     super()
+    this.#unsafe = unsafe
     this.#socket = socket
     this.#hello = hello
     socket.on('error', () => {})
@@ -71,6 +81,16 @@ export class AgentLink extends EventEmitter<LinkEvents> {
 
   get isClosed(): boolean {
     return this.#isClosed
+  }
+
+  /** Connections whose next request it holds back, while it is parked. */
+  get heldRequests(): number {
+    return this.#heldRequests
+  }
+
+  /** Why its process must never be the one that others are forked from; undefined where it may. */
+  get unsafe(): string | undefined {
+    return this.#unsafe
   }
 
   /** Id of the checkpoint that it was last asked for. */
@@ -132,11 +152,13 @@ export class AgentLink extends EventEmitter<LinkEvents> {
       this.#release()
       throw hookFailed(tried, answer.error)
     }
+    this.#heldRequests = answer.held ?? 0
     return answer.threads ?? []
   }
 
   /** Lets the source go on after a checkpoint; with an error where there was none. */
   resumed(error?: AgentFailure): void {
+    this.#heldRequests = 0
     this.#write({ type: 'resumed', id: this.#sequence, ...(error ? { error } : {}) })
     this.#release()
   }
@@ -195,6 +217,13 @@ export class AgentLink extends EventEmitter<LinkEvents> {
         return
       case 'failed':
         this.emit('failed', message.error)
+        return
+      case 'requests':
+        this.emit('requests', message.total, message.ms)
+        return
+      case 'unsafe':
+        this.#unsafe = message.reason ?? 'it said so'
+        this.emit('unsafe', this.#unsafe)
         return
       default:
         this.emit('request', message)

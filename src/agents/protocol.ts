@@ -30,6 +30,10 @@ export interface AgentRecord {
   readonly parked: boolean
   /** Id of the checkpoint that it waits for. */
   readonly checkpoint: number
+  /** Whether it counts the requests of its process, and parks for a refork only when none is in hand. @default false */
+  readonly counts?: boolean
+  /** Why the process may never be checkpointed for forks of others, where it said so. */
+  readonly unsafe?: string
 }
 
 export interface AgentFailure {
@@ -59,15 +63,23 @@ export const fromAgent = z.discriminatedUnion('type', [
     version: z.string().max(100),
     pid,
     fd: z.int().min(0),
+    counts: z.boolean().optional(),
   }),
   z.object({ type: z.literal('ready') }),
-  z.object({ type: z.literal('parked'), id, threads: z.array(z.string()).optional() }),
+  z.object({
+    type: z.literal('parked'),
+    id,
+    threads: z.array(z.string()).optional(),
+    held: z.int().min(0).optional(),
+  }),
   z.object({ type: z.literal('refused'), id, error: failure }),
   z.object({ type: z.literal('running'), error: failure.optional() }),
   z.object({ type: z.literal('failed'), error: failure }),
   z.object({ type: z.literal('fork'), id, generation: z.int().min(1).optional(), data: payload.optional() }),
   z.object({ type: z.literal('keep'), id }),
   z.object({ type: z.literal('drop'), generation: z.int().min(1) }),
+  z.object({ type: z.literal('requests'), total: z.int().min(0), ms: z.number().min(0) }),
+  z.object({ type: z.literal('unsafe'), reason: z.string().max(1000).optional() }),
   z.object({ type: z.literal('message'), data: payload, to: z.union([pid, z.literal('parent')]).optional() }),
 ])
 export type FromAgent = z.infer<typeof fromAgent>
