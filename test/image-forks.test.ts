@@ -306,6 +306,8 @@ while True:
         const [answer] = (await once(client, 'message', { signal: AbortSignal.timeout(5000) })) as [Buffer]
         expect(answer.toString()).toBe(`${child.pid} heard hello`)
         kill(child.pid, 'SIGSTOP')
+        // Until it stands still it would take the next one too.
+        while (stat(child.pid)?.state !== 'T') await new Promise(setImmediate)
       }
     } finally {
       client.close()

@@ -142,6 +142,7 @@ export class CriuForkSource implements ForkSource {
       const again = this.#start(relay?.fds)
       const second = await this.#restore(again, this.#options.timeoutMs * 2, 4)
       if (second.ok) return this.#adopt(second, again, relay)
+      if (isIdCollision(second.log) && attempt < ID_ATTEMPTS) continue
       throw failure(tried, second.log || outcome.log, second.exit)
     }
   }
