@@ -6,9 +6,12 @@
 import events = require('node:events')
 import fs = require('node:fs')
 import net = require('node:net')
+import timers = require('node:timers')
 
 import connections = require('./connections.cjs')
 import randomness = require('./randomness.cjs')
+import requests = require('./requests.cjs')
+import rest = require('./rest.cjs')
 import threads = require('./threads.cjs')
 
 const KEY = Symbol.for('warmfork.agent')
@@ -20,6 +23,13 @@ const MAX_LINE_TO_SUPERVISOR = 8 << 20
 const MAX_LINE_TO_AGENT = 16 << 20
 /** Of messages that nobody listens for yet. The oldest go first. */
 const MAX_WAITING = 1_000
+/** At most one message about requests in this time. */
+const COUNT_MS = 100
+/** Of a reason to refuse, in characters. */
+const MAX_REASON = 1_000
+
+/** Tests of programs replace those of the global object. */
+const { setTimeout, clearTimeout } = timers
 
 type Text = string | { base64: string }
 type Payload = { json: unknown } | { base64: string }
@@ -47,7 +57,7 @@ interface Forked {
 type Message =
   | { type: 'welcome' }
   | { type: 'goodbye'; reason: string }
-  | { type: 'checkpoint'; id: number; timeoutMs: number }
+  | { type: 'checkpoint'; id: number; reason: string; timeoutMs: number }
   | { type: 'resumed'; id: number; error?: Failure }
   | Forked
   | { type: 'forkResult'; id: number; pid?: number; generation?: number; error?: Failure }
@@ -55,6 +65,8 @@ type Message =
   | { type: 'childExit'; pid: number; code: number | null; signal: string | null }
   | { type: 'message'; data: Payload; from?: number | 'parent' }
   | { type: 'error'; message: string }
+
+type Checkpoint = Extract<Message, { type: 'checkpoint' }>
 
 /** What a fork was given. */
 interface ForkPayload {
@@ -183,6 +195,10 @@ class Agent extends events.EventEmitter {
   /** What has come and is not obeyed yet. */
   readonly #messages: Message[] = []
   #parking = false
+  /** Why this process refuses that others are forked from it. */
+  #unsafe: string | undefined
+  /** Until the next message about requests. */
+  #counting: NodeJS.Timeout | undefined
 
   /** Whether a supervisor answers. */
   get connected(): boolean {
@@ -190,7 +206,9 @@ class Agent extends events.EventEmitter {
   }
 
   connect(path: string): void {
-    this.#threads = new threads.Threads()
+    const onCounted = () => this.#countSoon()
+    this.#threads = new threads.Threads(onCounted)
+    requests.watch(onCounted)
     const socket = net.connect(path)
     socket.unref()
     socket.on('error', () => this.#leave())
@@ -205,11 +223,41 @@ class Agent extends events.EventEmitter {
     this.#identity = identityOf(fd)
     const { pid, versions } = process
     const about = { agent: `node/${VERSION}`, runtime: 'node', version: versions.node, pid, fd }
-    this.#say({ type: 'hello', protocol: PROTOCOL, ...about })
+    this.#say({ type: 'hello', protocol: PROTOCOL, ...about, counts: true })
   }
 
   ready(): void {
     if (this.#socket) this.#say({ type: 'ready' })
+  }
+
+  /** Requests that this process has answered. */
+  get requests(): number {
+    return requests.total() + (this.#threads?.counts.total ?? 0)
+  }
+
+  /** For good. */
+  refuse(reason?: string): void {
+    if (this.#unsafe !== undefined) return
+    this.#unsafe = String(reason ?? 'the program has said that it is not fork-safe any more').slice(0, MAX_REASON)
+    if (this.#socket) this.#say({ type: 'unsafe', reason: this.#unsafe })
+  }
+
+  #countSoon(): void {
+    this.#counting ??= setTimeout(() => {
+      this.#counting = undefined
+      if (!this.#socket) return
+      // The supervisor is behind: this is not to wait in memory, and not to keep the program running.
+      if (this.#socket.writableLength > 0) this.#countSoon()
+      else this.#say({ type: 'requests', total: this.requests, ms: requests.ms() + (this.#threads?.counts.ms ?? 0) })
+    }, COUNT_MS).unref()
+  }
+
+  /** It has answered nothing, and what was in hand or held back is the source's. */
+  #forgetRequests(): void {
+    clearTimeout(this.#counting)
+    this.#counting = undefined
+    this.#threads?.becomeFork()
+    dropRequests()
   }
 
   send(data: unknown, to?: number | 'parent'): void {
@@ -366,7 +414,7 @@ class Agent extends events.EventEmitter {
         return
       case 'checkpoint':
         this.#parking = true
-        void this.#park(message.id, message.timeoutMs).finally(() => {
+        void this.#park(message).finally(() => {
           this.#parking = false
           this.#obeyAll()
         })
@@ -389,8 +437,16 @@ class Agent extends events.EventEmitter {
     }
   }
 
-  async #park(id: number, timeoutMs: number): Promise<void> {
+  async #park({ id, reason, timeoutMs }: Checkpoint): Promise<void> {
     const deadline = Date.now() + timeoutMs
+    const isRefork = reason === 'refork'
+    const refuse = (code: string, message: string) => this.#say({ type: 'refused', id, error: { code, message } })
+    if (isRefork) {
+      if (this.#unsafe !== undefined) return refuse('UNSAFE', this.#unsafe)
+      // Before the hooks: a request is not to meet a program that has let go of its connections.
+      const busy = await rest.untilNoneInHand(this.#threads, timeoutMs, deadline, () => this.#calls.size > 0)
+      if (busy !== undefined) return refuse('BUSY', busy)
+    }
     try {
       for (const hook of [...this.before].reverse()) {
         const promise = runHook(hook, [], timeoutMs, deadline)
@@ -398,20 +454,33 @@ class Agent extends events.EventEmitter {
       }
     } catch (error) {
       await this.#runAfter(timeoutMs)
+      if (isRefork) rest.letGo(this.#threads)
       this.#say({ type: 'refused', id, error })
       return
+    }
+    if (isRefork && this.#unsafe !== undefined) {
+      await this.#runAfter(timeoutMs)
+      rest.letGo(this.#threads)
+      return refuse('UNSAFE', this.#unsafe)
     }
     const running = (await this.#threads?.stop()) ?? []
     // What was said before has to be out: the next word is the last one.
     while (this.#socket && this.#socket.writableLength > 0) {
       await new Promise<void>((resolve) => this.#socket!.write('', () => resolve()))
     }
-    const message = this.#wait({ type: 'parked', id, ...(running.length > 0 ? { threads: running } : {}) })
+    const held = requests.heldConnections() + (this.#threads?.heldConnections ?? 0)
+    const message = this.#wait({
+      type: 'parked',
+      id,
+      ...(running.length > 0 ? { threads: running } : {}),
+      ...(held > 0 ? { held } : {}),
+    })
     if (message?.type === 'forked') {
       await this.#becomeFork(message)
       return
     }
     const error = await this.#runAfter(timeoutMs)
+    if (isRefork) rest.letGo(this.#threads)
     if (message) this.#say({ type: 'running', ...(error ? { error } : {}) })
     else this.#leave()
   }
@@ -465,7 +534,7 @@ class Agent extends events.EventEmitter {
     this.inbox.clear()
     this.#await(-this.#awaited)
     try {
-      connections.destroyAll()
+      this.#forgetRequests()
       const payload = apply(forked)
       this.payload = payload
       const deadline = Date.now() + timeoutMs
@@ -507,6 +576,12 @@ class Agent extends events.EventEmitter {
     this.#threads?.release(0)
     return failure
   }
+}
+
+/** In a fork, of the thread that calls it. */
+function dropRequests(): void {
+  for (const socket of connections.destroyAll()) requests.quiet(socket)
+  requests.drop()
 }
 
 /** Who a thread is in a fork. */
@@ -669,7 +744,11 @@ function load(): Agent | undefined {
   if (!threads.isMainThread) {
     if (path === undefined) return undefined
     randomness.stand()
-    threads.serveThread(renew)
+    threads.serveThread((pid) => {
+      renew(pid)
+      dropRequests()
+    })
+    connections.watch()
     return undefined
   }
   const agent = new Agent()

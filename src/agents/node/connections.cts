@@ -31,11 +31,11 @@ function isTcp(socket: net.Socket): boolean {
 }
 
 /** Those that the program has made, and those that it has accepted. Unix connections can be to itself: a fork has a copy of them. */
-function destroyAll(): void {
+function destroyAll(): net.Socket[] {
   const handles = (process as unknown as { _getActiveHandles(): unknown[] })._getActiveHandles()
-  for (const one of new Set([...made, ...handles])) {
-    if (one instanceof net.Socket && isTcp(one)) one.destroy()
-  }
+  const all = [...new Set([...made, ...handles])].filter((one) => one instanceof net.Socket && isTcp(one))
+  for (const one of all as net.Socket[]) one.destroy()
+  return all as net.Socket[]
 }
 
 export = { watch, destroyAll }

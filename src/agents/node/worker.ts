@@ -63,6 +63,17 @@ export interface WarmforkWorker {
   /** Says that the program is booted and warm: `ready: { agent: true }` of the supervisor. */
   ready(): void
   /**
+   * HTTP requests that this process has answered, in all its threads: those of Node's own servers. 0 without a supervisor, and a fork
+   * begins with 0.
+   */
+  readonly requests: number
+  /**
+   * Says that this process must not become the one that others are forked from (a refork), for good: it has begun what a copy
+   * would repeat or break. It goes on working, and `fork()` and `checkpoint()` of its own do. A fork of it refuses as well.
+   * @param reason for logs, at most 1,000 characters. @default that the program has said so
+   */
+  noLongerForkSafe(reason?: string): void
+  /**
    * Called before each checkpoint, the last one first. Where it throws, or is not done in time, there is none.
    * @returns removes it
    */
@@ -115,6 +126,8 @@ interface Agent {
   readonly payload: ForkPayload | undefined
   readonly connected: boolean
   ready(): void
+  readonly requests: number
+  refuse(reason?: string): void
   send(data: unknown, to?: number | 'parent'): void
   fork(data: unknown, run: Run | undefined, generation?: number): Promise<Offspring>
   exitOf(child: Offspring): WorkerChild['exited']
@@ -182,6 +195,10 @@ export const worker: WarmforkWorker = {
     return agent?.payload
   },
   ready: () => agent?.ready(),
+  get requests() {
+    return agent?.requests ?? 0
+  },
+  noLongerForkSafe: (reason) => main().refuse(reason),
   beforeCheckpoint: (hook) => add(main().before, hook),
   afterCheckpoint: (hook) => add(main().after, hook),
   onFork: (hook) => add(main().onFork, hook),
