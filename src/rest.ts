@@ -13,7 +13,6 @@ import { descendants } from './linux/proc.js'
 import { quoted, type Template } from './template.js'
 
 const LOOK_AGAIN_MS = 20
-/** A connection that was in use so recently is taken to be in use yet. */
 const QUIET_MS = 50
 
 const ESTABLISHED = 0x01
@@ -62,14 +61,21 @@ export async function untilAtRest(
   await template.during(wait, { tried, timeoutMs: Math.max(3 * LOOK_AGAIN_MS, timeoutMs), late, signal })
 }
 
-/** What a process and its descendants have in hand, as a phrase; undefined where they are at rest. */
-export async function whatIsInHand(root: number): Promise<string | undefined> {
-  if (process.platform !== 'linux') return undefined
-  const tree = [root, ...descendants(root)]
-  return (await tcpInHand(tree)) ?? unixInHand(tree)
+export interface LookOptions {
+  /** Processes that are not looked at: somebody inside of them knows better. @default none */
+  except?: ReadonlySet<number>
+  /** A connection that was in use so recently is taken to be in use yet, in milliseconds. @default 50 */
+  quietMs?: number
 }
 
-async function tcpInHand(tree: readonly number[]): Promise<string | undefined> {
+/** What a process and its descendants have in hand, as a phrase; undefined where they are at rest. */
+export async function whatIsInHand(root: number, options: LookOptions = {}): Promise<string | undefined> {
+  if (process.platform !== 'linux') return undefined
+  const tree = [root, ...descendants(root)].filter((pid) => !options.except?.has(pid))
+  return (await tcpInHand(tree, options.quietMs ?? QUIET_MS)) ?? unixInHand(tree)
+}
+
+async function tcpInHand(tree: readonly number[], quietMs: number): Promise<string | undefined> {
   const sockets = tree.flatMap(tcpSockets)
   const served = new Set(sockets.filter((socket) => socket.state === LISTEN).map((socket) => socket.localPort))
   for (const socket of sockets) {
@@ -85,7 +91,7 @@ async function tcpInHand(tree: readonly number[]): Promise<string | undefined> {
     // A first request can come in the same tick in which the connection was made.
     const unanswered = receivedMs < sentMs || (bytesReceived > 0n && bytesAcknowledged === 0n)
     if (unanswered) return `${connection} brought a request that has no answer yet`
-    if (Math.min(receivedMs, sentMs) < QUIET_MS) return `${connection} was in use less than ${QUIET_MS} ms ago`
+    if (Math.min(receivedMs, sentMs) < quietMs) return `${connection} was in use less than ${quietMs} ms ago`
   }
   return undefined
 }

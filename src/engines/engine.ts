@@ -58,6 +58,8 @@ export interface CheckpointOptions {
    * @default true
    */
   durable?: boolean
+  /** Why it is made, for people; kept with the generation. */
+  reason?: string
   /** Called as soon as the source may go on: all that must be read of it at rest was read. The generation is not complete then. */
   onSourceFree?: () => void
 }
@@ -66,6 +68,12 @@ export interface CheckpointOptions {
 export interface GenerationInfo {
   readonly number: number
   readonly createdAt: Date
+  /** The generation whose child it was taken of; null for one of a template. */
+  readonly parent: number | null
+  /** How many checkpoints of forks lie between it and the template. */
+  readonly reforks: number
+  /** Why it was made, where somebody said so. */
+  readonly reason?: string
   /** Of the source, at the checkpoint. */
   readonly rssBytes: number
   /** Of the generation's directory; 0 for the spawn engine. */
@@ -121,6 +129,8 @@ export interface ForkedProcess {
 export interface ForkSource {
   readonly generation: GenerationInfo
   readonly channels: readonly SourceChannel[]
+  /** TCP ports that forks listen at in place of those of the source, where their listeners are private. */
+  readonly ports?: ReadonlyMap<number, number>
   /** One fork: restored, stopped. */
   fork(options?: ForkOptions): Promise<ForkedProcess>
   /** Gives back what was started ahead; children live on. */
@@ -130,6 +140,11 @@ export interface ForkSource {
 export interface OpenOptions {
   /** How many restores are begun ahead of the forks that need them. @default 2 */
   ahead?: number
+  /**
+   * `shared`: forks accept what comes to the sockets that the program listens at. `private`: they listen at sockets of the same
+   * kinds that nobody knows, as long as the fork source is open: a generation is tried so. @default 'shared'
+   */
+  listeners?: 'shared' | 'private'
 }
 
 export interface Engine {
@@ -137,8 +152,10 @@ export interface Engine {
   checkpoint(source: SourceProcess, options: CheckpointOptions): Promise<GenerationInfo>
   /** Throws GENERATION_NOT_FOUND, GENERATION_CORRUPT, GENERATION_MISFIT. */
   open(generation: number, options?: OpenOptions): Promise<ForkSource>
-  /** Removes a generation that is not durable, and that nobody uses. */
-  discard(generation: number): Promise<void>
+  /** Removes a generation, unless somebody uses it: then false. */
+  discard(generation: number): Promise<boolean>
+  /** The generations that outlive their supervisor and can be used, the oldest first. */
+  list(): Promise<readonly GenerationInfo[]>
   close(): Promise<void>
   /** After all processes were ended: resolves when the statuses of those that nobody else waits for are read. */
   settled?(): Promise<void>

@@ -84,9 +84,10 @@ export class Generation {
   /** What a supervisor needs to know of it. */
   get info(): GenerationInfo {
     const { number, createdAt, manifest } = this
-    const { rssBytes, memory, warnings, sizes, times } = manifest
+    const { parent, reforks = 0, reason, rssBytes, memory, warnings, sizes, times } = manifest
     const { checkpointMs } = times
-    return { number, createdAt, rssBytes, sizeBytes: sizes.allocatedBytes, memory, warnings, checkpointMs }
+    const about = { number, createdAt, parent, reforks, ...(reason === undefined ? {} : { reason }) }
+    return { ...about, rssBytes, sizeBytes: sizes.allocatedBytes, memory, warnings, checkpointMs }
   }
 
   /** Whether it lives as long as the supervisor that made it: it is neither on the disk for sure nor has checksums of its own. */

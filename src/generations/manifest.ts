@@ -53,6 +53,10 @@ const schema = z.strictObject({
   number: z.number().int().positive(),
   /** The generation whose child this one was taken of; null for one taken of a template. */
   parent: z.number().int().positive().nullable(),
+  /** How many checkpoints of forks lie between it and the template. Absent: 0. */
+  reforks: count.optional(),
+  /** Why it was made, for people. */
+  reason: z.string().optional(),
   name: z.string(),
   /** Set where it lives no longer than the supervisor that made it: it was not synced, and no checksums were taken. */
   ephemeral: z.literal(true).optional(),
@@ -86,6 +90,8 @@ const schema = z.strictObject({
   times: z.strictObject({ checkpointMs: z.number(), prepareMs: z.number(), syncMs: z.number() }),
 })
 
+/** The schemas of its members: an archive has some of them too. */
+export const manifestMembers = schema.shape
 export type Manifest = z.infer<typeof schema>
 export type MappedFile = z.infer<typeof mappedFile>
 export type StoredFile = z.infer<typeof storedFile>

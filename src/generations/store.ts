@@ -48,6 +48,10 @@ export interface NewGeneration {
   /** The generation whose child it is taken of; null for one of a template. */
   parent: number | null
   surroundings: Surroundings
+  /** How many checkpoints of forks lie between it and the template. @default 0 */
+  reforks?: number
+  /** Why it is made, for people. */
+  reason?: string | undefined
   /**
    * Whether it is to survive a power cut and its supervisor. One that is not is neither synced nor has checksums, which takes
    * most of the time that making one takes; later supervisors do not use it and remove it.
@@ -219,6 +223,8 @@ export class Store {
         formatVersion: FORMAT_VERSION,
         number,
         parent: meta.parent,
+        ...(meta.reforks ? { reforks: meta.reforks } : {}),
+        ...(meta.reason === undefined ? {} : { reason: meta.reason }),
         name: this.name,
         ...(durable ? {} : { ephemeral: true }),
         createdAt: new Date().toISOString(),

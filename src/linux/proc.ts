@@ -107,6 +107,14 @@ export function threadIds(pid: number): number[] {
   }
 }
 
+/** The state of each thread of a process, as `/proc/PID/stat` has it: `R`, `S`, `D`, `T`, `t`, `Z` or `X`. Empty for one that is gone. */
+export function threadStates(pid: number): string[] {
+  return threadIds(pid).flatMap((thread) => {
+    const text = read(`/proc/${pid}/task/${thread}/stat`)
+    return text === undefined ? [] : (text[text.lastIndexOf(')') + 2] ?? 'X')
+  })
+}
+
 export function allPids(): number[] {
   return readdirSync('/proc')
     .filter((name) => /^\d+$/.test(name))

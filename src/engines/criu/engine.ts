@@ -169,7 +169,13 @@ export class CriuEngine implements Engine {
     // Its own children hold it too, but they may end meanwhile.
     parent?.hold()
     try {
-      const meta = { parent: parent?.number ?? null, surroundings, durable: options.durable ?? true }
+      const meta = {
+        parent: parent?.number ?? null,
+        reforks: parent ? (parent.manifest.reforks ?? 0) + 1 : 0,
+        reason: options.reason,
+        surroundings,
+        durable: options.durable ?? true,
+      }
       const generation = await this.store.create(meta, async (draft) => {
         this.#launcher.admit(draft.directory)
         this.#launcher.givePath(draft.scratchDirectory)
@@ -334,11 +340,19 @@ export class CriuEngine implements Engine {
     return source
   }
 
-  async discard(number: number): Promise<void> {
+  async list(): Promise<readonly GenerationInfo[]> {
+    return (await this.store.list()).filter(({ ephemeral }) => !ephemeral).map(({ info }) => info)
+  }
+
+  async discard(number: number): Promise<boolean> {
     for (const source of this.#sources) if (source.generation.number === number) this.#sources.delete(source)
+    this.#unopened.get(number)?.letGo()
+    this.#unopened.delete(number)
+    const { removed } = await this.store.prune({ numbers: [number] })
+    if (removed.length === 0) return false
     for (const fd of this.#sockets.get(number)?.values() ?? []) closeSync(fd)
     this.#sockets.delete(number)
-    await this.store.prune({ numbers: [number] })
+    return true
   }
 
   /** The machine must be the one that it was made on; whose command it is, its caller knows. Throws GENERATION_MISFIT. */

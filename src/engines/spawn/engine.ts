@@ -52,6 +52,8 @@ export class SpawnEngine implements Engine {
     const generation: GenerationInfo = {
       number: this.#generations.size + 1,
       createdAt: new Date(),
+      parent: null,
+      reforks: 0,
       rssBytes: memoryUse(source.pid)?.rssBytes ?? 0,
       sizeBytes: 0,
       memory: 'copy',
@@ -78,8 +80,12 @@ export class SpawnEngine implements Engine {
     }
   }
 
-  async discard(number: number): Promise<void> {
-    this.#generations.delete(number)
+  async discard(number: number): Promise<boolean> {
+    return this.#generations.delete(number)
+  }
+
+  async list(): Promise<readonly GenerationInfo[]> {
+    return [...this.#generations.values()]
   }
 
   async close(): Promise<void> {}
