@@ -1,4 +1,13 @@
 /** The public API: re-exports only. */
+export {
+  type Compression,
+  type ExportedGeneration,
+  type ExportOptions,
+  exportGeneration,
+  type ImportedGeneration,
+  type ImportOptions,
+  importGeneration,
+} from './archive.js'
 export { Child, type ChildEvents, type ChildState, type ChildStats, type EndOptions } from './child.js'
 export type { DescriptorKind, DescriptorPolicy } from './descriptors/kinds.js'
 export type { DescriptorPolicies } from './descriptors/policies.js'
