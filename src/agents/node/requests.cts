@@ -11,6 +11,9 @@ import type http2 = require('node:http2')
 /** Indexes of `counts`, which can be memory that another thread sees. */
 const TOTAL = 0
 const MS = 1
+/** Requests that the program was given. */
+const BEGUN = 2
+const NUMBERS = 3
 /** One that never ends could be left behind by a program that removes all listeners: that many are looked at again. */
 const LOOK_AGAIN = 1_024
 const MAX_PATH = 200
@@ -45,7 +48,7 @@ const begun = new Map<Answer, Begun>()
 const held: Held[] = []
 /** Closed by `drop`: their servers are told of no error of theirs. */
 const dropped = new WeakSet<object>()
-let counts: Float64Array = new Float64Array(2)
+let counts: Float64Array = new Float64Array(NUMBERS)
 let lookAgainAt = LOOK_AGAIN
 let isHolding = false
 let onCounted = () => {}
@@ -89,11 +92,17 @@ function watch(told: () => void, memory?: Float64Array): void {
       }
       case 'clientError':
       case 'tlsClientError':
-        if (dropped.has(parameters[2] as object)) return true
+        if (isDropped(parameters[2])) return true
     }
     return Reflect.apply(inherited.emit, this, parameters)
   }
   Object.defineProperty(prototype, 'emit', { value: emit, configurable: true, writable: true })
+}
+
+/** A socket, or what TLS is spoken over: before the handshake is done that one is destroyed. */
+function isDropped(socket: unknown): boolean {
+  const { _parent: parent } = socket as { _parent?: object }
+  return dropped.has(socket as object) || (typeof parent === 'object' && dropped.has(parent))
 }
 
 function isHttp1(value: object | undefined): value is http.IncomingMessage {
@@ -106,6 +115,7 @@ function isHttp2Stream(value: object | undefined): value is http2.ServerHttp2Str
 }
 
 function begin(answer: Answer, request: Begun['request']): void {
+  counts[BEGUN]!++
   begun.set(answer, { since: now(), request })
   answer.on('close', onClose)
   if (begun.size >= lookAgainAt) {
@@ -235,8 +245,7 @@ function letGo(): void {
 function drop(): void {
   isHolding = false
   begun.clear()
-  counts[TOTAL] = 0
-  counts[MS] = 0
+  counts.fill(0, 0, NUMBERS)
   for (const { channel, connection } of held.splice(0)) {
     channel.destroy()
     ;(connection as http2.Http2Session | net.Socket | undefined)?.destroy()

@@ -24,17 +24,18 @@ const RELEASED = 0
 const PID = 1
 const FIRST = 2
 
-/** Numbers that a thread shares as long as it lives. The first two are those of requests.cts. */
+/** Numbers that a thread shares as long as it lives. The first three are those of requests.cts. */
 const TOTAL = 0
 const MS = 1
+const BEGUN = 2
 /** Requests in hand when it last looked, and the age of the oldest one. */
-const IN_HAND = 2
-const AGE_MS = 3
+const IN_HAND = 3
+const AGE_MS = 4
 /** Connections with a request that is held back. */
-const HELD = 4
+const HELD = 5
 /** Number of the last question that it has obeyed. */
-const ASKED = 5
-const NUMBERS = 6
+const ASKED = 6
+const NUMBERS = 7
 
 type Word =
   /** `thread` was started by another one. */
@@ -140,7 +141,7 @@ class Threads {
     for (const [id, { numbers }] of this.#threads) {
       if (!numbers) continue
       const hasHeard = numbers[ASKED] === this.#question
-      const own = hasHeard ? numbers[IN_HAND]! : Math.sign(numbers[TOTAL]! + numbers[IN_HAND]!)
+      const own = hasHeard ? numbers[IN_HAND]! : Math.sign(numbers[BEGUN]!)
       const ageMs = hasHeard ? Math.round(numbers[AGE_MS]!) : 0
       count += own
       if (own > 0 && ageMs >= (oldest?.ageMs ?? 0)) oldest = { ageMs, what: `in Worker ${id}` }
