@@ -13,7 +13,7 @@ const schema = z.strictObject({ algorithm: z.literal('ed25519'), publicKey: base
 /** Nothing else that the key may sign begins so. */
 const signedText = (digest: string) => Buffer.from(`warmfork archive ${digest}\n`)
 
-/** A name for a public key: SHA-256 of its DER form. */
+/** A name for a pair of keys: SHA-256 of the public one's DER form. */
 export function keyName(key: KeyObject): string {
   return `sha256:${createHash('sha256').update(der(key)).digest('hex')}`
 }
@@ -29,7 +29,7 @@ export function publicKey(pem: string | Buffer | KeyObject): KeyObject {
 }
 
 export function encodeSignature(digest: string, key: KeyObject): Buffer {
-  const publicPart = der(createPublicKey(key)).toString('base64')
+  const publicPart = der(key).toString('base64')
   const signature = sign(null, signedText(digest), key).toString('base64')
   return Buffer.from(canonical({ algorithm: 'ed25519', publicKey: publicPart, signature }))
 }
@@ -74,5 +74,5 @@ function isKey(key: string | Buffer | KeyObject): key is KeyObject {
 }
 
 function der(key: KeyObject): Buffer {
-  return key.export({ type: 'spki', format: 'der' })
+  return (key.type === 'private' ? createPublicKey(key) : key).export({ type: 'spki', format: 'der' })
 }
