@@ -417,10 +417,11 @@ describe.each(['gzip', 'zstd'] as const)('a bomb (%s)', (compress) => {
     }
   }
 
-  test.each([
-    ['than was declared', 1000],
-    ['as was declared', 2 ** 30],
-  ])('of 1 GiB, as much or more %s, takes little memory', async (_, declaredBytes) => {
+  test.each<[string, number]>([
+    ['more than was declared', 1000],
+    // Which is written to the disk until its checksum is found to be another: enough to see it once.
+    ...(compress === 'gzip' ? [['as was declared', 2 ** 30] as [string, number]] : []),
+  ])('of 1 GiB, %s, takes little memory', async (_, declaredBytes) => {
     const bytes: Buffer[] = []
     for await (const piece of bomb(declaredBytes)) bytes.push(piece)
     const before = process.memoryUsage().rss
