@@ -466,12 +466,15 @@ describe.skipIf(!existsSync(AGENT))('the Node agent, of requests', () => {
     expect(await serving.ask('state')).toMatchObject({ seen: ['slow', 'held', 'again'], errors: [], requests: 0 })
   })
 
-  const overHttp2 = NODES.flatMap(([name, node]) =>
-    ['http2', 'streams'].map((kind): [string, string, string] => [kind, name, node]),
-  )
+  const overHttp2: [kind: string, name: string, node: string][] = [
+    ['http2', ...NODES[0]!],
+    ['secure', ...NODES[0]!],
+    ...NODES.map(([name, node]): [string, string, string] => ['streams', name, node]),
+  ]
   test.each(overHttp2)('counts, holds and drops the requests of HTTP/2 (%s, %s)', async (kind, _, node) => {
     serving = await Serving.start(kind, node)
-    const session = http2.connect(`http://${HOST}:${serving.port}`)
+    const scheme = kind === 'secure' ? 'https' : 'http'
+    const session = http2.connect(`${scheme}://${HOST}:${serving.port}`, { rejectUnauthorized: false })
     session.on('error', () => {})
     const get = (path: string) => streamGet(session, path)
     await Promise.all(Array.from({ length: 20 }, (_, i) => get(`/now?id=${i}`)))
