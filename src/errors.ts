@@ -33,6 +33,7 @@ export const ERROR_CODES = {
   GENERATION_NOT_FOUND: 'List the generations with `warmfork generations`.',
   GENERATION_CORRUPT: 'Prune the generation; the supervisor makes a new one at its next start.',
   GENERATION_MISFIT: 'Start the supervisor cold, so that it makes a generation that fits.',
+  PORT_TAKEN: 'End the program that listens at the address that the message names.',
   GENERATION_IN_USE: 'End the children that the message names first.',
   ARCHIVE_INVALID: 'Do not use the archive; get it anew from where it was exported.',
   REFORK_REFUSED: 'Let the program say again that it may be forked, or give another child.',

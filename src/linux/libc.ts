@@ -13,6 +13,12 @@ const c = {
   pipe2: lib.func('int pipe2(_Out_ int *fds, int flags)'),
   socket: lib.func('int socket(int domain, int type, int protocol)'),
   connect: lib.func('int connect(int fd, const void *address, unsigned int length)'),
+  bind: lib.func('int bind(int fd, const void *address, unsigned int length)'),
+  listen: lib.func('int listen(int fd, int backlog)'),
+  getsockname: lib.func('int getsockname(int fd, _Out_ void *address, _Inout_ unsigned int *length)'),
+  setsockopt: lib.func('int setsockopt(int fd, int level, int name, const void *value, unsigned int length)'),
+  setfsuid: lib.func('int setfsuid(unsigned int uid)'),
+  setfsgid: lib.func('int setfsgid(unsigned int gid)'),
   socketpair: lib.func('int socketpair(int domain, int type, int protocol, _Out_ int *fds)'),
   fcntl: lib.func('int fcntl(int fd, int command, int argument)'),
   flock: lib.func('int flock(int fd, int operation)'),
@@ -105,6 +111,69 @@ export function socket(domain: number, type: number, protocol: number): number {
 /** Reads one message into a buffer, waiting for it; gives its length. */
 export function receive(fd: number, buffer: Uint8Array): number {
   return check('recv', Number(c.recv(fd, buffer, buffer.length, 0)))
+}
+
+/** Gives a socket its address, as the kernel has it. */
+export function bindSocket(fd: number, address: Uint8Array): void {
+  check('bind', c.bind(fd, address, address.length))
+}
+
+export function listenSocket(fd: number, backlog: number): void {
+  check('listen', c.listen(fd, backlog))
+}
+
+/** The address that a socket is bound to, as the kernel has it. */
+export function socketName(fd: number): Buffer {
+  const address = Buffer.alloc(128)
+  const length = [address.length]
+  check('getsockname', c.getsockname(fd, address, length))
+  return address.subarray(0, length[0])
+}
+
+/** The value of a socket's option; undefined where sockets of that kind have none. */
+export function socketOption(fd: number, level: number, option: number): Buffer | undefined {
+  const value = Buffer.alloc(128)
+  const length = [value.length]
+  return c.getsockopt(fd, level, option, value, length) === 0 ? value.subarray(0, length[0]) : undefined
+}
+
+export function setSocketOption(fd: number, level: number, option: number, value: Uint8Array): void {
+  check('setsockopt', c.setsockopt(fd, level, option, value, value.length))
+}
+
+/** Tries to reach a Unix socket's address, and gives why it cannot be reached; undefined where it can. */
+export function connectSocket(address: Uint8Array, type: number): string | undefined {
+  const AF_UNIX = 1
+  const fd = socket(AF_UNIX, type, 0)
+  try {
+    setNonblocking(fd, true)
+    if (c.connect(fd, address, address.length) === 0) return undefined
+    return systemError('connect', koffi.errno()).code
+  } finally {
+    closeSync(fd)
+  }
+}
+
+/** Whether O_NONBLOCK is set on the open file description. */
+export function isNonblocking(fd: number): boolean {
+  return (check('fcntl', c.fcntl(fd, F_GETFL, 0)) & O_NONBLOCK) !== 0
+}
+
+/**
+ * Does something at once with the rights that another user has over files, on this thread alone (setfsuid): what is made is that
+ * user's. Only root can; for others, and without an owner, nothing is changed.
+ */
+export function asFileOwner<T>(owner: { uid: number; gid: number } | undefined, action: () => T): T {
+  if (!owner) return action()
+  const [uid, gid] = [process.geteuid!(), process.getegid!()]
+  c.setfsgid(owner.gid)
+  c.setfsuid(owner.uid)
+  try {
+    return action()
+  } finally {
+    c.setfsuid(uid)
+    c.setfsgid(gid)
+  }
 }
 
 /** Whether somebody takes datagrams at a Unix socket's address (as the kernel has it: a path, or a name with a zero first). */
