@@ -47,8 +47,7 @@ export class CrashBackoff {
    * @returns true where it counts as a crash
    */
   ended(status: ExitStatus, ranMs: number): boolean {
-    const crashed = CRASH_SIGNALS.has(status.signal ?? '') || isShellCrash(status.code)
-    if (crashed && ranMs < this.#options.soonMs) {
+    if (isCrash(status) && ranMs < this.#options.soonMs) {
       this.#crashes++
       if (this.isDelaying) this.#nextAt = Math.max(this.#nextAt, this.#now() + this.#delayMs())
       return true
@@ -56,6 +55,12 @@ export class CrashBackoff {
     // One that ended well takes one crash back, not all: else an attacker would only have to mix good requests in.
     if (this.#crashes > 0 && !this.isLoop) this.#crashes--
     return false
+  }
+
+  /** What is forked from now on is another generation. */
+  reset(): void {
+    this.#crashes = 0
+    this.#nextAt = 0
   }
 
   /** How long the next fork has to wait, in milliseconds. Each call takes a turn: the one after it waits longer. */
@@ -69,6 +74,11 @@ export class CrashBackoff {
   #delayMs(): number {
     return backoffMs(this.#crashes - this.#options.delayAfter + 1)
   }
+}
+
+/** Whether a process ended as one does that is broken: by a signal of the kernel's, not of somebody's. */
+export function isCrash({ signal, code }: ExitStatus): boolean {
+  return CRASH_SIGNALS.has(signal ?? '') || isShellCrash(code)
 }
 
 /** A shell, or a runtime that catches the signal, ends with 128 and the signal's number: 139 for SIGSEGV. */

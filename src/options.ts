@@ -6,6 +6,7 @@ import { createHash } from 'node:crypto'
 import { basename, extname, resolve } from 'node:path'
 import type { Logger } from 'pino'
 import { z } from 'zod'
+import type { Child } from './child.js'
 import { defaultRuntimeDirectory } from './control/runtime-directory.js'
 import type { DescriptorPolicy } from './descriptors/kinds.js'
 import { type DescriptorPolicies, whyNoPolicy } from './descriptors/policies.js'
@@ -208,6 +209,52 @@ export interface CrashOptions {
   giveUpAfter?: number
 }
 
+/** The workers that the supervisor keeps running by itself. */
+export interface WorkerOptions {
+  /** How many. */
+  count: number
+  /**
+   * How many are replaced at once by children of a newer generation; 0 for a tenth of them, rounded up.
+   * @default 0
+   */
+  replaceAtOnce?: number
+  /**
+   * How long a worker that is replaced may take to come to rest, in milliseconds; then it is ended with what it has in hand.
+   * @default 30_000
+   */
+  restTimeoutMs?: number
+}
+
+/** A check of the embedder's: it throws, or rejects, where the generation is bad. `ports`: where the child listens, by the port that its program asked for. */
+export type TrialCheck = (
+  child: Child,
+  about: { readonly ports: ReadonlyMap<number, number>; readonly signal: AbortSignal },
+) => unknown
+
+/** How a generation that a refork made is tried before it is used. */
+export interface TrialOptions {
+  /**
+   * How long its first fork may take to be ready and to pass, in milliseconds.
+   * @default 10_000
+   */
+  timeoutMs?: number
+  /**
+   * How long it has to live on after that, in milliseconds.
+   * @default 200
+   */
+  settleMs?: number
+  /** What it has to pass beside the `ready` condition, as far as that can be asked again (`port`, `http`, a function). */
+  check?: TrialCheck
+}
+
+/** When a generation that a refork made is rolled back by itself: more than `crashes` of its first `children` crash. */
+export interface CanaryOptions {
+  /** @default 10 */
+  children?: number
+  /** @default 2 */
+  crashes?: number
+}
+
 /** What a child's 0, 1 and 2 are: pipes of its own, the supervisor's own descriptors, or the caller's. */
 export type StdioOption = 'pipe' | 'inherit' | readonly [stdin: number, stdout: number, stderr: number]
 
@@ -272,6 +319,20 @@ export interface SupervisorOptions {
   warmup?: WarmupOption
   template?: TemplateOptions
   pool?: PoolOptions
+  /**
+   * Children that the supervisor keeps running by itself: it replaces those that end, and after a refork all of them, a few at a time.
+   * A number stands for `{ count }`.
+   * @default 0
+   */
+  workers?: number | WorkerOptions
+  /**
+   * How many generations stay for a rollback beside the one in use, when a refork makes a new one.
+   * @default 2
+   */
+  keep?: number
+  trial?: TrialOptions
+  /** @default { children: 10, crashes: 2 } */
+  canary?: CanaryOptions | false
   crashes?: CrashOptions
   /** Name or number of the user that the template and its children run as; only root can ask for it. */
   user?: string | number
@@ -359,6 +420,10 @@ export interface ResolvedOptions {
   readonly warmup: Warmup | undefined
   readonly template: Readonly<Required<Omit<TemplateOptions, 'tty'>>> & { readonly tty: TerminalSize | undefined }
   readonly pool: Readonly<Required<PoolOptions>>
+  readonly workers: Readonly<Required<WorkerOptions>>
+  readonly keep: number
+  readonly trial: Readonly<Required<Omit<TrialOptions, 'check'>>> & { readonly check: TrialCheck | undefined }
+  readonly canary: Readonly<Required<CanaryOptions>> | false
   readonly crashes: Readonly<Required<CrashOptions>>
   readonly user: string | number | undefined
   readonly group: string | number | undefined
@@ -501,6 +566,22 @@ const schema = z.strictObject(
       maxParkedMs: positiveMs.optional(),
       refillConcurrency: count(1).optional(),
     }).optional(),
+    workers: z
+      .union([count(0), group({ count: count(0), replaceAtOnce: count(0).optional(), restTimeoutMs: ms.optional() })], {
+        error: 'to be a number of workers, or an object with `count`',
+      })
+      .optional(),
+    keep: count(0).optional(),
+    trial: group({
+      timeoutMs: positiveMs.optional(),
+      settleMs: ms.optional(),
+      check: z.custom<TrialCheck>(isFunction, 'to be a function').optional(),
+    }).optional(),
+    canary: z
+      .union([z.literal(false), group({ children: count(1).optional(), crashes: count(0).optional() })], {
+        error: 'to be false, or an object with `children` and `crashes`',
+      })
+      .optional(),
     crashes: group({
       soonMs: ms.optional(),
       delayAfter: count(1).optional(),
@@ -534,6 +615,9 @@ const KEYS: Record<string, string[]> = {
   '': Object.keys(schema.shape),
   template: ['afterCheckpoint', 'bootTimeoutMs', 'restTimeoutMs', 'stopTimeoutMs', 'tty', 'secrets'],
   pool: ['size', 'maxParkedMs', 'refillConcurrency'],
+  workers: ['count', 'replaceAtOnce', 'restTimeoutMs'],
+  trial: ['timeoutMs', 'settleMs', 'check'],
+  canary: ['children', 'crashes'],
   crashes: ['soonMs', 'delayAfter', 'giveUpAfter'],
   ready: [...new Set(Object.values(READY_KINDS).flatMap((kind) => Object.keys(kind.shape)))],
   warmup: [...new Set(Object.values(WARMUP_KINDS).flatMap((kind) => Object.keys(kind.shape)))],
@@ -657,6 +741,14 @@ export function resolveOptions(input: SupervisorOptions): ResolvedOptions {
       maxParkedMs: input.pool?.maxParkedMs ?? 60_000,
       refillConcurrency: input.pool?.refillConcurrency ?? 2,
     },
+    workers: workers(input.workers ?? 0),
+    keep: input.keep ?? 2,
+    trial: {
+      timeoutMs: input.trial?.timeoutMs ?? 10_000,
+      settleMs: input.trial?.settleMs ?? 200,
+      check: input.trial?.check,
+    },
+    canary: input.canary === false ? false : { children: 10, crashes: 2, ...input.canary },
     crashes,
     user: input.user,
     group: input.group,
@@ -681,6 +773,11 @@ function terminalSize(tty: boolean | TerminalSize | undefined): TerminalSize | u
 
 function withoutUndefined(env: Readonly<Record<string, string | undefined>>): Record<string, string> {
   return Object.fromEntries(Object.entries(env).filter((entry): entry is [string, string] => entry[1] !== undefined))
+}
+
+function workers(option: number | WorkerOptions): Required<WorkerOptions> {
+  const { count, replaceAtOnce = 0, restTimeoutMs = 30_000 } = typeof option === 'number' ? { count: option } : option
+  return { count, replaceAtOnce, restTimeoutMs }
 }
 
 function readiness(option: ReadyOption, cwd: string, bootTimeoutMs: number): Readiness {

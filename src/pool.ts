@@ -68,8 +68,8 @@ export class Pool {
    * Continues the oldest parked child, on a terminal of that size if it has one, and gives it; undefined where there is none. The
    * place is filled again.
    */
-  claim(resumption: Resumption = {}): Child | undefined {
-    for (let child = this.#parked.shift(); child; child = this.#parked.shift()) {
+  claim(resumption: Resumption = {}, isGood: (child: Child) => boolean = () => true): Child | undefined {
+    for (let child = this.#next(isGood); child; child = this.#next(isGood)) {
       // The refill is work for the same two hands: it begins when the claim has been answered.
       setImmediate(() => this.#refill())
       try {
@@ -82,6 +82,19 @@ export class Pool {
       }
     }
     return undefined
+  }
+
+  /** Those that are not being replaced come first. */
+  #next(isGood: (child: Child) => boolean): Child | undefined {
+    const good = this.#parked.filter(isGood)
+    const child = good.find((one) => !this.#replacing.has(one)) ?? good[0]
+    if (child) this.#remove(child)
+    return child
+  }
+
+  /** All that are parked are of yesterday: each is replaced, and serves until its successor is there. */
+  turnOver(): void {
+    for (const child of [...this.#parked]) if (!this.#replacing.has(child)) this.#replace(child)
   }
 
   /** From now on so many are kept parked: the oldest of too many are ended, and missing ones are made in the background. */

@@ -6,7 +6,7 @@ import { connect } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { WarmforkError } from './errors.js'
 import { descendants, stat } from './linux/proc.js'
-import type { Readiness } from './options.js'
+import type { Readiness, TemplateView } from './options.js'
 import { lastLines, quoted, type Template } from './template.js'
 
 const POLL_MS = 50
@@ -100,6 +100,41 @@ async function watch(template: Template, ready: Readiness, tried: string, signal
           })
         }
       }, signal)
+  }
+}
+
+/**
+ * Asks again what a program that was ready before can be asked again: its port, its URL, the embedder's function. What tells of a
+ * boot (output, a file, a time) says nothing of a fork. `ports`: where it listens now, in place of where it did.
+ * @returns what was asked, as a phrase; undefined where nothing can be
+ * @throws the reason of `signal`, or what the function throws
+ */
+export async function untilReadyAgain(
+  ready: Readiness,
+  ports: ReadonlyMap<number, number>,
+  view: TemplateView,
+): Promise<string | undefined> {
+  const { signal } = view
+  switch (ready.kind) {
+    case 'port': {
+      const port = ports.get(ready.port)
+      if (port === undefined) return undefined
+      await poll(() => accepts(ready.host, port), signal)
+      return describe(ready)
+    }
+    case 'http': {
+      const url = new URL(ready.url)
+      const port = ports.get(Number(url.port || (url.protocol === 'https:' ? 443 : 80)))
+      if (port === undefined) return undefined
+      url.port = String(port)
+      await poll(() => answersWell(url.href, signal), signal)
+      return describe(ready)
+    }
+    case 'function':
+      await poll(async () => (await ready.check(view)) !== false, signal)
+      return describe(ready)
+    default:
+      return undefined
   }
 }
 

@@ -7,21 +7,16 @@ import { EventEmitter, setMaxListeners } from 'node:events'
 import { chmodSync, mkdirSync, rmdirSync, rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
+import PQueue from 'p-queue'
 import { destination, type Logger, pino } from 'pino'
 import { AgentDesk } from './agents/desk.js'
 import { payloadValue } from './agents/protocol.js'
-import { CrashBackoff } from './backoff.js'
+import { CrashBackoff, isCrash } from './backoff.js'
+import { Canary } from './canary.js'
 import { Child, type ChildStats, type Resumption } from './child.js'
+import { Crew, type CrewState } from './crew.js'
 import { endTrees } from './ending.js'
-import type {
-  Engine,
-  EngineName,
-  ForkedProcess,
-  ForkSource,
-  GenerationInfo,
-  SourceProcess,
-  StdioFds,
-} from './engines/engine.js'
+import type { Engine, EngineName, ForkedProcess, GenerationInfo, SourceProcess, StdioFds } from './engines/engine.js'
 import { SpawnEngine } from './engines/spawn/engine.js'
 import { type ErrorCode, errnoOf, WarmforkError } from './errors.js'
 import { type ForkRequest, planFork } from './fork-request.js'
@@ -32,8 +27,11 @@ import { type ResolvedOptions, resolveOptions, type SupervisorOptions } from './
 import { keptIdWarnings, pidWarnings, repeatWarnings } from './pid-sensitive.js'
 import { Pool, type PoolState } from './pool.js'
 import { untilReady } from './readiness.js'
+import { candidates, type Refork, reforkOneOf } from './refork.js'
 import { untilAtRest } from './rest.js'
+import { Succession } from './succession.js'
 import { Template } from './template.js'
+import { tryGeneration } from './trial.js'
 import { type Identity, resolveIdentity } from './user.js'
 import { warmUp } from './warmup.js'
 import { WorkerForks } from './worker-forks.js'
@@ -45,7 +43,10 @@ export type StartPhase = 'boot' | 'ready' | 'warmup' | 'rest' | 'checkpoint' | '
 
 /** Something that goes on working, but not as the user may think. */
 export interface Warning {
-  /** Names the kind: `agent`, `engine-spawn`, `no-guard`, `generation`, `hooks`, `identity`, `refill-failed`, `repeats`, `stray-resume`, `parked-ended`, `crashes`, `stop-failed`. */
+  /**
+   * Names the kind: `agent`, `engine-spawn`, `no-guard`, `generation`, `hooks`, `identity`, `refill-failed`, `repeats`, `stray-resume`,
+   * `parked-ended`, `crashes`, `refork`, `rollback`, `rollout`, `worker`, `prune`, `stop-failed`.
+   */
   readonly kind: string
   /** What is the case, why, and what to do. */
   readonly message: string
@@ -60,7 +61,16 @@ export interface SupervisorEvents {
   /** A child was continued and is the user's now. */
   child: [child: Child]
   childExit: [child: Child, status: ExitStatus]
+  /** A new generation was made, and forks come from it from now on. */
   generation: [generation: GenerationInfo]
+  /** A refork was made, and its generation passed its trial. */
+  refork: [refork: Refork]
+  /** A refork came to nothing: the generation before serves on. */
+  reforkFailed: [error: Error]
+  /** Forks come from an earlier generation again. */
+  rollback: [to: number, from: number, reason: string]
+  /** All workers are of the generation in use, after some were not. */
+  rolledOut: [replaced: number]
   templateOutput: [stream: 'stdout' | 'stderr', chunk: Buffer]
   templateExit: [status: ExitStatus]
   /** The template's program sent something through its agent. */
@@ -95,7 +105,10 @@ export interface SupervisorStats {
   /** Number of the generation that forks come from. */
   readonly generation: number
   readonly template: TemplateState | undefined
+  /** The one that forks come from until it is unpinned, where one is pinned. */
+  readonly pinned: number | undefined
   readonly pool: PoolState
+  readonly workers: { readonly size: number; readonly outdated: number }
   readonly children: readonly ChildStats[]
   readonly forks: {
     readonly fromPool: number
@@ -110,6 +123,20 @@ export interface StopOptions {
    * @default `template.stopTimeoutMs`
    */
   graceMs?: number
+}
+
+export interface ReforkOptions {
+  /** The child to be taken. @default the one of the generation in use with the most requests */
+  from?: Child
+  /** Why, for people; it is kept with the generation. @default 'asked for' */
+  reason?: string
+}
+
+export interface RollbackOptions {
+  /** Number of the generation to go to. @default the newest before the one in use that was not rejected */
+  to?: number
+  /** Why, for people; it is kept. @default 'asked for' */
+  reason?: string
 }
 
 /** Longest delay of a Node timer. */
@@ -156,12 +183,17 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   #engine: Engine | undefined
   #template: Template | undefined
   #readyMs = 0
-  #source: ForkSource | undefined
+  #succession: Succession | undefined
   #agents: AgentDesk | undefined
   #workerForks: WorkerForks | undefined
   /** What the first checkpoint was taken of. */
   #origin: SourceProcess | undefined
   #pool: Pool | undefined
+  #crew: Crew | undefined
+  readonly #canary: Canary
+  /** What changes which generation is in use: one after the other. */
+  readonly #changes = new PQueue({ concurrency: 1 })
+  #reforking: { readonly from: Child | undefined; readonly done: Promise<GenerationInfo> } | undefined
 
   private constructor(options: ResolvedOptions) {
     super()
@@ -172,6 +204,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     this.store = options.store
     this.runtimeDirectory = options.runtimeDirectory
     this.#crashes = new CrashBackoff(options.crashes)
+    this.#canary = new Canary(options.canary)
     this.#log = typeof options.log === 'string' ? levelLogger(options.log) : options.log
   }
 
@@ -218,7 +251,17 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   /** Number of the generation that forks come from; 0 while there is none. */
   get generation(): number {
-    return this.#source?.generation.number ?? 0
+    return this.#succession?.number ?? 0
+  }
+
+  /** Number of the generation that forks come from until it is unpinned; undefined where none is pinned. */
+  get pinned(): number | undefined {
+    return this.#succession?.pinned
+  }
+
+  /** The children that the supervisor keeps running by itself. */
+  get workers(): CrewState {
+    return this.#crew?.state ?? { size: this.#options.workers.count, workers: [], outdated: 0 }
   }
 
   get pool(): PoolState {
@@ -236,9 +279,14 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     return [...this.#warnings]
   }
 
-  /** The generations that this supervisor has made, oldest first. */
+  /** The generations that this supervisor has made, oldest first; those that were pruned too. */
   generations(): readonly GenerationInfo[] {
     return [...this.#generations]
+  }
+
+  /** Why a generation is never chosen again; undefined where it may be. */
+  whyRejected(number: number): string | undefined {
+    return this.#succession?.whyNot(number)
   }
 
   /**
@@ -247,17 +295,31 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
    */
   async fork(request: ForkRequest = {}): Promise<Child> {
     this.#requireRunning('fork')
+    const { stdio, resumption } = this.#plan(request)
+    request.signal?.throwIfAborted()
+    return this.#forkOn(stdio, resumption, request.signal)
+  }
+
+  #plan(request: ForkRequest): { stdio: StdioFds | undefined; resumption: Resumption } {
     const { stdio, size, input } = planFork(request, {
       stdio: this.#options.stdio,
       hasTerminal: this.#options.template.tty !== undefined,
       whyNoAgent: this.#whyNoAgent,
     })
-    const resumption = { size, input: { ...input, env: { ...this.#agents!.secrets, ...input.env } } }
-    request.signal?.throwIfAborted()
-    await this.#waitForTurn(request.signal)
+    return { stdio, resumption: { size, input: { ...input, env: { ...this.#agents!.secrets, ...input.env } } } }
+  }
+
+  /** `isGood`: of the parked ones, which may be taken. */
+  async #forkOn(
+    stdio: StdioFds | undefined,
+    resumption: Resumption,
+    signal?: AbortSignal,
+    isGood?: (child: Child) => boolean,
+  ): Promise<Child> {
+    await this.#waitForTurn(signal)
     const startedAt = performance.now()
-    const claimed = stdio === undefined ? this.#pool?.claim(resumption) : undefined
-    const child = claimed ?? (await this.#forkDirectly(() => this.#make(stdio), request.signal, resumption))
+    const claimed = stdio === undefined ? this.#pool?.claim(resumption, isGood) : undefined
+    const child = claimed ?? (await this.#forkDirectly(() => this.#make(stdio), signal, resumption))
     if (claimed) this.#forks.fromPool++
     else this.#forks.direct++
     this.#adopt(child, performance.now() - startedAt)
@@ -280,6 +342,87 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     this.#pool?.resize(size)
   }
 
+  /** Changes how many workers are kept running. @throws BAD_OPTION, STOPPED */
+  resizeWorkers(count: number): void {
+    this.#requireRunning('change the number of workers')
+    if (!Number.isInteger(count) || count < 0) {
+      throw new WarmforkError('BAD_OPTION', {
+        tried: 'change the number of workers',
+        happened: `expected \`count\` to be a whole number from 0 on, got \`${count}\` (${typeof count})`,
+      })
+    }
+    this.#crew!.resize(count)
+  }
+
+  /**
+   * Checkpoints a warmed child into a new generation, tries that, and has pool, workers and later forks come from it. The child
+   * goes on with its work. A second call for the same child, or for any, joins one that is under way.
+   * @throws REFORK_REFUSED, NOT_AT_REST, HOOK_FAILED, AGENT_LOST, CHILD_GONE, CHECKPOINT_FAILED, TRIAL_FAILED, DISK_FULL,
+   * ENGINE_UNSUPPORTED, STOPPED: the generation in use stays in use
+   */
+  async refork({ from, reason = 'asked for' }: ReforkOptions = {}): Promise<GenerationInfo> {
+    this.#requireRunning('refork')
+    if (this.engine === 'spawn') {
+      const happened = 'the spawn engine starts each fork cold, and cannot copy a process'
+      throw new WarmforkError('ENGINE_UNSUPPORTED', { tried: 'refork', happened })
+    }
+    if (this.#reforking && (from === undefined || from === this.#reforking.from)) return this.#reforking.done
+    const done = this.#change('refork', () => this.#refork(from, reason))
+    const reforking = { from, done }
+    this.#reforking = reforking
+    const over = () => {
+      if (this.#reforking === reforking) this.#reforking = undefined
+    }
+    done.then(over, over)
+    return done
+  }
+
+  /**
+   * Has forks come from an earlier generation again. The one in use is never chosen again.
+   * @throws GENERATION_NOT_FOUND, GENERATION_CORRUPT, GENERATION_MISFIT, STOPPED
+   */
+  async rollback({ to, reason = 'asked for' }: RollbackOptions = {}): Promise<GenerationInfo> {
+    this.#requireRunning('roll back')
+    return this.#change('roll back', async () => {
+      const succession = this.#succession!
+      const from = succession.number
+      const { number } = await succession.earlier(to)
+      if (number === from) return succession.source!.generation
+      const generation = await this.#switchTo(number)
+      await succession.reject(from, reason)
+      this.#warn('rollback', `generation ${from} is not used any more, and generation ${number} is again: ${reason}`)
+      this.emit('rollback', number, from, reason)
+      return generation
+    })
+  }
+
+  /**
+   * Has forks come from this generation until `unpin`: no refork is made by itself, and none that is asked for is used.
+   * @throws GENERATION_NOT_FOUND, GENERATION_CORRUPT, GENERATION_MISFIT, STOPPED
+   */
+  async pin(number: number): Promise<GenerationInfo> {
+    this.#requireRunning('pin a generation')
+    return this.#change('pin a generation', async () => {
+      const succession = this.#succession!
+      await succession.earlier(number)
+      const generation = number === succession.number ? succession.source!.generation : await this.#switchTo(number)
+      await succession.pin(number)
+      return generation
+    })
+  }
+
+  /** Has forks come from the newest generation again. @throws STOPPED */
+  async unpin(): Promise<void> {
+    this.#requireRunning('unpin the generation')
+    await this.#change('unpin the generation', async () => {
+      const succession = this.#succession!
+      if (succession.pinned === undefined) return
+      await succession.pin(undefined)
+      const newest = await succession.newest()
+      if (newest && newest.number !== succession.number) await this.#switchTo(newest.number)
+    })
+  }
+
   /**
    * Figures of the supervisor and all its children.
    * @throws STOPPED
@@ -296,8 +439,10 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       startedAt: this.#startedAt,
       uptimeMs: Date.now() - this.#startedAt.getTime(),
       generation: this.generation,
+      pinned: this.pinned,
       template: this.template,
       pool: this.pool,
+      workers: { size: this.workers.size, outdated: this.workers.outdated },
       children: children.filter((stats) => stats !== undefined),
       forks: { ...this.#forks },
     }
@@ -344,15 +489,132 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       this.emit('templateExit', status)
     })
     if (settings.afterCheckpoint === 'end') await template.end(settings.stopTimeoutMs)
-    this.#source = await this.#engine.open(generation.number)
+    this.#succession = await this.#openSuccession()
+    await this.#succession.switchTo(generation.number)
     signal.throwIfAborted()
+    this.emit('generation', generation)
     this.#serveWorkers(template)
     this.#pool = new Pool({
       ...pool,
       make: () => this.#make(),
       warn: (kind, message, cause) => this.#warn(kind, message, cause),
     })
-    await this.#phase('pool', () => this.#pool!.fill())
+    this.#crew = new Crew({
+      ...this.#options.workers,
+      fork: () => this.#forkWorker(),
+      isOutdated: (child) => child.generation !== this.generation,
+      warn: (kind, message, cause) => this.#warn(kind, message, cause),
+      onRolledOut: (replaced) => {
+        this.#log.info(`${replaced} workers are replaced by children of generation ${this.generation}`)
+        this.emit('rolledOut', replaced)
+        this.#succession?.prune()
+      },
+    })
+    await this.#phase('pool', () => Promise.all([this.#pool!.fill(), this.#crew!.start()]))
+  }
+
+  async #openSuccession(): Promise<Succession> {
+    const { store, name, keep } = this.#options
+    const { Verdicts } = await import('./generations/verdicts.js')
+    return new Succession({
+      engine: this.#engine!,
+      verdicts: this.engine === 'criu' ? Verdicts.read(join(store, name)) : undefined,
+      keep,
+      warn: (message, cause) => this.#warn('prune', message, cause),
+    })
+  }
+
+  /** One change after the other; what was asked for and has not begun when the supervisor stops is refused. */
+  #change<T>(tried: string, work: () => Promise<T>): Promise<T> {
+    const done = this.#changes.add(async () => {
+      this.#requireRunning(tried)
+      try {
+        return await work()
+      } catch (error) {
+        throw this.#state === 'running' ? error : this.#stopped(tried)
+      }
+    }) as Promise<T>
+    const settled = done.then(
+      () => {},
+      () => {},
+    )
+    this.#inFlight.add(settled)
+    void settled.then(() => this.#inFlight.delete(settled))
+    return done
+  }
+
+  async #refork(from: Child | undefined, reason: string): Promise<GenerationInfo> {
+    const { memory, descriptors, checkpointTimeoutMs, hookTimeoutMs, template, trial, ready } = this.#options
+    const succession = this.#succession!
+    const signal = this.#over.signal
+    let made: GenerationInfo | undefined
+    try {
+      const refork = await reforkOneOf(candidates(this.children, succession.number, from), reason, {
+        engine: this.#engine!,
+        checkpoint: { memory, descriptors, timeoutMs: checkpointTimeoutMs },
+        hookTimeoutMs,
+        restTimeoutMs: template.restTimeoutMs,
+        signal,
+        warn: (message) => this.#warn('refork', message),
+      })
+      made = refork.generation
+      await tryGeneration(made.number, {
+        ...trial,
+        engine: this.#engine!,
+        ready,
+        resumption: { input: { env: this.#agents!.secrets } },
+        signal,
+        childOf: (forked) => this.#childOf(forked),
+      })
+      await succession.approve(made.number)
+      this.#noteGeneration(made)
+      const { pid, restMs, standstillMs } = refork
+      this.#log.info(
+        `generation=${made.number} from child pid=${pid} (${reason}) rest ms=${restMs.toFixed(0)} stood still ms=${standstillMs.toFixed(0)}`,
+      )
+      if (succession.pinned === undefined) {
+        await this.#switchTo(made.number)
+        this.emit('generation', made)
+      }
+      this.emit('refork', refork)
+      return made
+    } catch (error) {
+      if (made) {
+        // Where it cannot be removed, it is not approved: a later start tries it before it uses it.
+        const { number } = made
+        await this.#engine!.discard(number).catch((failure) =>
+          this.#warn('prune', `generation ${number}, which is bad, could not be removed: ${failure}`, failure),
+        )
+      }
+      if (this.#state === 'running') {
+        this.#warn('refork', `generation ${succession.number} serves on, since a refork failed: ${error}`, error)
+        this.emit('reforkFailed', error as Error)
+      }
+      throw error
+    }
+  }
+
+  /** Forks, pool and workers follow. */
+  async #switchTo(number: number): Promise<GenerationInfo> {
+    const generation = await this.#succession!.switchTo(number)
+    this.#crashes.reset()
+    this.#canary.watch(generation.reforks > 0 ? number : 0)
+    this.#log.info(`generation=${number} is in use`)
+    this.#pool?.turnOver()
+    void this.#crew?.rollOut()
+    this.#succession!.prune()
+    return generation
+  }
+
+  async #forkWorker(): Promise<Child> {
+    const { stdio, resumption } = this.#plan({})
+    // One of the generation before would be replaced at once.
+    const isCurrent = (child: Child) => child.generation === this.generation
+    const child = await this.#forkOn(stdio, resumption, undefined, isCurrent)
+    // What nobody listens to, since its `child` event, is not kept: a full pipe would hold the worker up.
+    const streams = stdio ? [] : child.isTTY ? [child.terminal] : [child.stdout, child.stderr]
+    for (const stream of streams) if (stream.listenerCount('data') === 0) stream.resume()
+    return child
   }
 
   async #phase<T>(phase: StartPhase, work: () => Promise<T>): Promise<T> {
@@ -523,14 +785,19 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     } finally {
       agents?.resume(failure)
     }
+    this.#noteGeneration(generation)
+    return generation
+  }
+
+  #noteGeneration(generation: GenerationInfo): void {
     this.#generations.push(generation)
+    // The last ones are enough: a supervisor can run for years.
+    if (this.#generations.length > MOST_GENERATIONS) this.#generations.shift()
     const { number, rssBytes, checkpointMs } = generation
     this.#log.info(
       `generation=${number} memory=${generation.memory} rss=${rssBytes} checkpoint ms=${checkpointMs.toFixed(0)}`,
     )
     for (const warning of generation.warnings) this.#warn('generation', warning)
-    this.emit('generation', generation)
-    return generation
   }
 
   /**
@@ -556,7 +823,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   get #whyNoAgent(): string | undefined {
     // Forks of the spawn engine are booted, each with agents of its own.
     const live = this.engine === 'spawn' ? this.#template?.agents : undefined
-    return this.#agents?.whyNone(this.#source?.channels ?? [], live)
+    return this.#agents?.whyNone(this.#succession?.source?.channels ?? [], live)
   }
 
   #openAgents(): Promise<AgentDesk> {
@@ -605,8 +872,14 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   /** A parked child. */
   async #make(stdio?: StdioFds): Promise<Child> {
-    const forked = await this.#source!.fork({ ...(stdio ? { stdio } : {}), signal: this.#over.signal })
-    return this.#childOf(forked)
+    for (;;) {
+      const forked = await this.#succession!.fork({ ...(stdio ? { stdio } : {}), signal: this.#over.signal })
+      const child = this.#childOf(forked)
+      // Where another generation came into use meanwhile, it is of yesterday before it has run.
+      if (child.generation === this.generation || this.#state === 'stopping') return child
+      await child.end({ graceMs: 0 })
+      child.close()
+    }
   }
 
   #childOf(forked: ForkedProcess): Child {
@@ -652,14 +925,30 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   #adopt(child: Child, ms: number): void {
     this.#children.add(child)
+    if (this.#canary.forked(child.generation)) this.#watch(child)
     if (this.#options.orphans === 'leave') for (const pid of child.sparedPids) this.#guard?.spare(pid)
     this.#log.info(`child pid=${child.pid} gen=${child.generation} forked ms=${ms.toFixed(1)}`)
     child.exit.then((status) => this.#ended(child, status))
     this.emit('child', child)
   }
 
+  /** One of the first children of a generation that a refork made. */
+  #watch(child: Child): void {
+    void child.exit.then((status) => {
+      if (this.#state !== 'running' || !isCrash(status)) return
+      const { generation } = child
+      const reason = this.#canary.crashed(generation)
+      if (reason === undefined || generation !== this.generation) return
+      this.rollback({ reason }).catch((error) =>
+        this.#warn('rollback', `generation ${generation} is bad (${reason}), and stays in use: ${error}`, error),
+      )
+    })
+  }
+
   #ended(child: Child, status: ExitStatus): void {
     this.#children.delete(child)
+    // It may have been the last that needed its generation.
+    if (child.generation !== this.generation && this.#state === 'running') this.#succession?.prune()
     if (child.holdsDescriptors) {
       this.#holding.add(child)
       child.onReleased = () => this.#holding.delete(child)
@@ -710,6 +999,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         failures.push(error)
       }
     }
+    await step(() => this.#crew?.close())
     await step(() => this.#pool?.close())
     while (this.#inFlight.size > 0) await Promise.all(this.#inFlight)
     const leave = this.#options.orphans === 'leave'
@@ -723,7 +1013,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       else child.close()
     }
     await step(() => this.#workerForks?.close())
-    await step(() => this.#source?.close())
+    await step(() => this.#succession?.close())
     await step(() => this.#engine?.close())
     await step(() => this.#agents?.close())
     // It ends what is left, and removes our directory.
@@ -774,6 +1064,9 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     return new WarmforkError('STOPPED', { tried, happened: 'the supervisor was stopped' })
   }
 }
+
+/** How many generations are remembered. */
+const MOST_GENERATIONS = 1_000
 
 /** How many warnings are kept. */
 const MOST_WARNINGS = 100

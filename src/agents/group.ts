@@ -39,6 +39,9 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
   readonly #forked: { link: AgentLink; channel: ForkedChannel }[] = []
   readonly #requests = new Map<AgentLink, { total: number; ms: number }>()
   #lost: AgentLink[] = []
+  /** While they are parked, or asked to. */
+  #turn: Promise<void> | undefined
+  #endTurn = () => {}
 
   /** The agents of a fork: they wait for the line that `fork` sends. */
   static ofFork(channels: readonly ForkedChannel[]): AgentGroup {
@@ -121,11 +124,20 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
   }
 
   /**
-   * Has all agents run their hooks and wait. Those that do not answer are left out; where a hook fails, all go on.
+   * Has all agents run their hooks and wait, until `resume`; where they are parked already, after that. Those that do not answer
+   * are left out; where a hook fails, all go on.
    * @returns what the user should hear
    * @throws HOOK_FAILED
    */
   async park(reason: 'template' | 'fork' | 'refork', timeoutMs: number): Promise<string[]> {
+    // A refork and a fork that the program asks for itself can come at once.
+    while (this.#turn) await this.#turn
+    this.#turn = new Promise((resolve) => {
+      this.#endTurn = () => {
+        this.#turn = undefined
+        resolve()
+      }
+    })
     const links = this.links
     const results = await Promise.allSettled(links.map((link) => link.park(reason, timeoutMs)))
     const warnings: string[] = []
@@ -147,6 +159,7 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
     for (const [index, result] of results.entries()) {
       if (result.status === 'fulfilled') links[index]!.resumed({ message: String(failure) })
     }
+    this.#endTurn()
     throw failure
   }
 
@@ -162,6 +175,7 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
           }
     for (const link of this.links) link.resumed(failure)
     this.#lost = []
+    this.#endTurn()
   }
 
   /** Its connections, for the image that is taken of the parked tree. */

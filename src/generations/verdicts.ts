@@ -13,28 +13,32 @@ export const VERDICTS_FILE = 'verdicts.json'
 
 const number = z.int().positive()
 const rejection = z.strictObject({ number, reason: z.string(), at: z.iso.datetime() })
-const schema = z.strictObject({ version: z.literal(1), pinned: number.nullable(), rejected: z.array(rejection) })
+const schema = z.strictObject({
+  version: z.literal(1),
+  pinned: number.nullable(),
+  rejected: z.array(rejection),
+  approved: z.array(number),
+})
+type Content = Omit<z.infer<typeof schema>, 'version'>
 
 /** A generation that is never chosen again. */
 export type Rejection = z.infer<typeof rejection>
 
-/** How many rejections are remembered: their numbers are never given again, and the generations themselves are pruned. */
-const MOST_REJECTIONS = 1_000
+/** How many verdicts of a kind are remembered: numbers are never given again, and the generations themselves are pruned. */
+const MOST = 1_000
 
 export class Verdicts {
-  #pinned: number | null
-  #rejected: readonly Rejection[]
+  #content: Content
   #saving: Promise<void> = Promise.resolve()
 
   private constructor(
     readonly path: string,
-    { pinned, rejected }: { pinned: number | null; rejected: readonly Rejection[] },
+    content: Content,
   ) {
-    this.#pinned = pinned
-    this.#rejected = rejected
+    this.#content = content
   }
 
-  /** Reads those of a store; none where there is no file. @throws STORE_CORRUPT-like BAD content as GENERATION_CORRUPT, STORE_UNWRITABLE */
+  /** Reads those of a store; none where there is no file. @throws GENERATION_CORRUPT, STORE_UNWRITABLE */
   static read(storeDirectory: string): Verdicts {
     const path = join(storeDirectory, VERDICTS_FILE)
     const tried = `read what was decided about generations, ${path}`
@@ -42,11 +46,12 @@ export class Verdicts {
     try {
       text = readFileSync(path, 'utf8')
     } catch (error) {
-      if (errnoOf(error) === 'ENOENT') return new Verdicts(path, { pinned: null, rejected: [] })
+      if (errnoOf(error) === 'ENOENT') return new Verdicts(path, { pinned: null, rejected: [], approved: [] })
       throw storeError(error, tried)
     }
     try {
-      return new Verdicts(path, schema.parse(JSON.parse(text)))
+      const { version: _, ...content } = schema.parse(JSON.parse(text))
+      return new Verdicts(path, content)
     } catch (cause) {
       // To go on without would bring back a generation that was found to be bad.
       throw new WarmforkError('GENERATION_CORRUPT', {
@@ -60,37 +65,52 @@ export class Verdicts {
 
   /** The number of the one that forks come from until it is unpinned. */
   get pinned(): number | undefined {
-    return this.#pinned ?? undefined
+    return this.#content.pinned ?? undefined
   }
 
   get rejected(): readonly Rejection[] {
-    return this.#rejected
+    return this.#content.rejected
   }
 
   /** Why a generation may not be chosen; undefined where it may. */
   whyNot(number: number): string | undefined {
-    return this.#rejected.find((one) => one.number === number)?.reason
+    return this.#content.rejected.find((one) => one.number === number)?.reason
+  }
+
+  /**
+   * Whether it passed its trial. One that a refork made and that did not, since the supervisor was killed before, has to be tried
+   * before it is used.
+   */
+  isApproved(number: number): boolean {
+    return this.#content.approved.includes(number)
   }
 
   async pin(number: number | undefined): Promise<void> {
-    this.#pinned = number ?? null
-    await this.#save()
+    await this.#save({ ...this.#content, pinned: number ?? null })
+  }
+
+  async approve(number: number): Promise<void> {
+    const { approved } = this.#content
+    if (!approved.includes(number)) await this.#save({ ...this.#content, approved: [...approved, number].slice(-MOST) })
   }
 
   async reject(number: number, reason: string): Promise<void> {
-    const others = this.#rejected.filter((one) => one.number !== number)
-    this.#rejected = [...others, { number, reason, at: new Date().toISOString() }].slice(-MOST_REJECTIONS)
-    if (this.#pinned === number) this.#pinned = null
-    await this.#save()
+    const { pinned, rejected, approved } = this.#content
+    const others = rejected.filter((one) => one.number !== number)
+    await this.#save({
+      pinned: pinned === number ? null : pinned,
+      rejected: [...others, { number, reason, at: new Date().toISOString() }].slice(-MOST),
+      approved: approved.filter((one) => one !== number),
+    })
   }
 
   /** One after the other, each whole. @throws DISK_FULL, STORE_UNWRITABLE, STORE_GONE */
-  #save(): Promise<void> {
+  #save(content: Content): Promise<void> {
+    this.#content = content
     const saved = this.#saving.then(async () => {
       const temporary = `${this.path}.new`
-      const content = { version: 1, pinned: this.#pinned, rejected: this.#rejected }
       try {
-        await writeFile(temporary, `${JSON.stringify(content, null, 2)}\n`, { mode: 0o600 })
+        await writeFile(temporary, `${JSON.stringify({ version: 1, ...content }, null, 2)}\n`, { mode: 0o600 })
         await sync(temporary)
         await rename(temporary, this.path)
       } catch (error) {
