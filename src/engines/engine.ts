@@ -130,7 +130,7 @@ export interface ForkSource {
   readonly generation: GenerationInfo
   readonly channels: readonly SourceChannel[]
   /** TCP ports that forks listen at in place of those of the source, where their listeners are private. */
-  readonly ports?: ReadonlyMap<number, number>
+  readonly ports?: ReadonlyMap<number, number> | undefined
   /** One fork: restored, stopped. */
   fork(options?: ForkOptions): Promise<ForkedProcess>
   /** Gives back what was started ahead; children live on. */

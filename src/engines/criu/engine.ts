@@ -21,6 +21,7 @@ import { surveyTree } from '../../descriptors/survey.js'
 import { WarmforkError } from '../../errors.js'
 import type { Draft } from '../../generations/draft.js'
 import type { Generation } from '../../generations/generation.js'
+import type { Json } from '../../generations/manifest.js'
 import type { Filled } from '../../generations/store.js'
 import { Store } from '../../generations/store.js'
 import { currentSurroundings } from '../../generations/surroundings.js'
@@ -50,11 +51,13 @@ import { dump } from './dump.js'
 import { CriuForkSource } from './fork-source.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
 import { encodeWiped, Lineage } from './lineage.js'
+import { addressWords, bindListeners, describeSocket, type SharedSocket, type SocketSettings } from './listening.js'
 import { chooseMemory } from './memory-choice.js'
 import { enterNamespaceOf, PidNamespace, requireInit } from './namespace.js'
 import { forkError } from './restorer.js'
 import { hasFileCapabilities, requireRights } from './rights.js'
 import { remakePaths, type SharedPath, sharedPaths } from './shared-paths.js'
+import { SharedSockets } from './shared-sockets.js'
 import { SocketPath } from './socket-path.js'
 
 export interface CriuEngineOptions {
@@ -81,7 +84,7 @@ export interface CriuEngineOptions {
 /** What the engine must know again at each fork; kept in the manifest. */
 interface EngineData {
   stdio: { stream: 0 | 1 | 2; key: string }[]
-  listeners: (Omit<Listener, 'address'> & { address: number[] })[]
+  listeners: (Omit<SharedSocket, 'address' | 'socket'> & { address: number[]; socket?: SocketSettings })[]
   paths: SharedPath[]
   channels: SourceChannel[]
   terminal: InheritedTerminal[]
@@ -104,10 +107,12 @@ export class CriuEngine implements Engine {
   readonly #criu: Criu
   readonly #launcher: Launcher
   readonly #forks: string
-  /** Our copies of the sockets that children share with the process that a generation was taken of. */
-  readonly #sockets = new Map<number, Map<number, number>>()
+  readonly #sockets = new SharedSockets((path) => this.#letGoSocketPath(path))
+  /** Generations whose sockets were made anew here, and go when it is not forked from any more. */
+  readonly #remade = new Set<number>()
   readonly #socketPaths: SocketPath[] = []
   readonly #sources = new Set<CriuForkSource>()
+  #isClosing = false
   /** Generations that were made here and are held until they are opened. */
   readonly #unopened = new Map<number, Generation>()
 
@@ -156,13 +161,17 @@ export class CriuEngine implements Engine {
       gid,
       declaredEnv,
     })
-    const sockets = new Map<number, number>()
+    const sockets: { listener: SharedSocket; fd: number }[] = []
     const lost: string[] = []
     const takeSockets = (pids: readonly number[], listeners: readonly Listener[]) => {
-      for (const { inode, path } of listeners) {
-        sockets.set(inode, takeSocket(pids, inode))
+      for (const listener of listeners) {
+        const fd = takeSocket(pids, listener.inode)
+        const socket = describeSocket(listener, fd)
+        sockets.push({ listener: { ...listener, socket }, fd })
+        const { path } = listener
         if (path !== undefined && !this.#keepSocketPath(path)) lost.push(path)
       }
+      return new Map(sockets.map(({ listener: { inode, socket } }) => [inode, socket]))
     }
     let kept = false
     const parent = source.generation === undefined ? undefined : await this.store.get(source.generation)
@@ -189,13 +198,13 @@ export class CriuEngine implements Engine {
         )
         return { ...filled.filled, warnings: [...filled.filled.warnings, ...warnings] }
       })
-      this.#sockets.set(generation.number, sockets)
+      this.#sockets.add(generation.number, sockets)
       this.#unopened.set(generation.number, generation)
       kept = true
       return generation.info
     } finally {
       parent?.letGo()
-      if (!kept) for (const fd of sockets.values()) closeSync(fd)
+      if (!kept) for (const { fd } of sockets) closeSync(fd)
     }
   }
 
@@ -205,7 +214,7 @@ export class CriuEngine implements Engine {
     options: CheckpointOptions,
     draft: Draft,
     lineage: Lineage | undefined,
-    takeSockets: (pids: readonly number[], listeners: readonly Listener[]) => void,
+    takeSockets: (pids: readonly number[], listeners: readonly Listener[]) => ReadonlyMap<number, SocketSettings>,
   ) {
     const pageFile = pageFileName(draft.number)
     const tree = processTree(source.pid)
@@ -252,7 +261,7 @@ export class CriuEngine implements Engine {
     const set = ImageSet.read(draft.scratchDirectory)
     const closed = plan.closed.map(({ pid, fd }) => ({ pid: idOf(pid), fd }))
     const detached = { inherited, disconnected: plan.disconnected, closed }
-    takeSockets(pids, findListeners(set, detached))
+    const settings = takeSockets(pids, findListeners(set, detached))
     options.onSourceFree?.()
     const renamed = lineage?.originals(set) ?? new Map<string, string>()
     const prepared = await prepare({
@@ -270,7 +279,11 @@ export class CriuEngine implements Engine {
     options.signal?.throwIfAborted()
     const data: EngineData = {
       stdio: stdioPipes(set, source.stdioInodes),
-      listeners: prepared.listeners.map((listener) => ({ ...listener, address: [...listener.address] })),
+      listeners: prepared.listeners.map((listener) => ({
+        ...listener,
+        address: [...listener.address],
+        socket: settings.get(listener.inode)!,
+      })),
       // Made again by us, in directories that are another user's: that could be led astray.
       paths: this.#launcher.hasOtherWorker ? [] : sharedPaths(set),
       channels: source.channels.map((channel) => ({ ...channel, pid: idOf(channel.pid) })),
@@ -292,7 +305,7 @@ export class CriuEngine implements Engine {
       },
       engineData: {
         stdio: data.stdio,
-        listeners: data.listeners.map((listener) => ({ ...listener })),
+        listeners: data.listeners.map(({ socket, ...listener }) => ({ ...listener, socket: asJson(socket!) })),
         paths: data.paths.map((path) => ({ ...path })),
         channels: data.channels.map((channel) => ({ ...channel, agent: { ...channel.agent } })),
         terminal: data.terminal.map((description) => ({ ...description })),
@@ -316,28 +329,71 @@ export class CriuEngine implements Engine {
     return major > 4 || (major === 4 && minor >= 2)
   }
 
-  async open(number: number, { ahead = AHEAD }: OpenOptions = {}): Promise<ForkSource> {
+  async open(number: number, { ahead = AHEAD, listeners = 'shared' }: OpenOptions = {}): Promise<ForkSource> {
     // What was made here a moment ago need not be read again.
     const unopened = this.#unopened.get(number)
     const generation = unopened ?? (await this.store.get(number))
     const { paths } = generation.manifest.engineData as unknown as EngineData
     this.#remakePaths(paths)
     if (!unopened) this.#checkFit(generation)
-    const source = new CriuForkSource({
-      launcher: this.#launcher,
-      generation,
-      ...this.#streamsAndListeners(generation),
-      remakePaths: () => this.#remakePaths(paths),
-      deathSignal: this.#options.deathSignal,
-      identity: this.#options.identity ?? 'fresh',
-      directory: this.#forks,
-      timeoutMs: this.#options.forkTimeoutMs,
-      ahead,
-    })
-    this.#sources.add(source)
-    unopened?.letGo()
-    this.#unopened.delete(number)
-    return source
+    const sockets = this.#socketsFor(generation, listeners)
+    try {
+      const source = new CriuForkSource({
+        launcher: this.#launcher,
+        generation,
+        ...this.#streamsAndListeners(generation, sockets.descriptors),
+        ...(sockets.ports ? { ports: sockets.ports } : {}),
+        onClosed: () => {
+          this.#sources.delete(source)
+          sockets.letGo()
+        },
+        remakePaths: () => this.#remakePaths(paths),
+        deathSignal: this.#options.deathSignal,
+        identity: this.#options.identity ?? 'fresh',
+        directory: this.#forks,
+        timeoutMs: this.#options.forkTimeoutMs,
+        ahead,
+      })
+      this.#sources.add(source)
+      unopened?.letGo()
+      this.#unopened.delete(number)
+      return source
+    } catch (error) {
+      sockets.letGo()
+      throw error
+    }
+  }
+
+  /**
+   * What forks of a generation accept from. `letGo`: when they are not made any more.
+   * @throws PORT_TAKEN, GENERATION_MISFIT
+   */
+  #socketsFor(generation: Generation, how: 'shared' | 'private') {
+    const { number } = generation
+    if (how === 'private') {
+      const listeners = sharedSocketsOf(generation)
+      const { descriptors, addresses, close } = bindListeners(listeners, 'private')
+      return { descriptors, ports: changedPorts(listeners, addresses), letGo: close }
+    }
+    if (!this.#sockets.has(number)) {
+      const { uid, gid } = generation.manifest.surroundings
+      const made = this.#sockets.have(
+        number,
+        sharedSocketsOf(generation),
+        this.#launcher.hasOtherWorker ? { uid, gid } : undefined,
+      )
+      for (const path of made) this.#keepSocketPath(path)
+      this.#remade.add(number)
+    }
+    return { descriptors: this.#sockets.of(number), ports: undefined, letGo: () => this.#letGoSockets(number) }
+  }
+
+  /** Those of a checkpoint stay for as long as the generation does: the program may have closed its own. */
+  #letGoSockets(number: number): void {
+    if (this.#isClosing || !this.#remade.has(number)) return
+    if ([...this.#sources].some(({ generation, ports }) => generation.number === number && !ports)) return
+    this.#remade.delete(number)
+    this.#sockets.release(number)
   }
 
   async list(): Promise<readonly GenerationInfo[]> {
@@ -350,8 +406,8 @@ export class CriuEngine implements Engine {
     this.#unopened.delete(number)
     const { removed } = await this.store.prune({ numbers: [number] })
     if (removed.length === 0) return false
-    for (const fd of this.#sockets.get(number)?.values() ?? []) closeSync(fd)
-    this.#sockets.delete(number)
+    this.#remade.delete(number)
+    this.#sockets.release(number)
     return true
   }
 
@@ -371,12 +427,19 @@ export class CriuEngine implements Engine {
     return true
   }
 
+  #letGoSocketPath(path: string): void {
+    for (const one of this.#socketPaths.filter((candidate) => candidate.path === path)) {
+      this.#socketPaths.splice(this.#socketPaths.indexOf(one), 1)
+      one.close()
+    }
+  }
+
   #remakePaths(paths: readonly SharedPath[]): void {
     for (const path of this.#socketPaths) path.remake()
     remakePaths(paths)
   }
 
-  #streamsAndListeners(generation: Generation) {
+  #streamsAndListeners(generation: Generation, sockets: ReadonlyMap<number, number>) {
     const {
       stdio,
       listeners,
@@ -384,22 +447,16 @@ export class CriuEngine implements Engine {
       terminal = [],
       reconnected = [],
     } = generation.manifest.engineData as unknown as EngineData
-    const sockets = this.#sockets.get(generation.number)
     return {
       stdio,
       channels,
       terminal,
       reconnected: reconnected.map((address) => Uint8Array.from(address)),
-      listeners: listeners.map((listener) => {
-        const descriptor = sockets?.get(listener.inode)
-        if (descriptor === undefined) {
-          throw new WarmforkError('GENERATION_MISFIT', {
-            tried: `open generation ${generation.number}`,
-            happened: `its children share a socket (${addressOf(listener)}) that belonged to an earlier supervisor`,
-          })
-        }
-        return { ...listener, address: Uint8Array.from(listener.address), descriptor }
-      }),
+      listeners: listeners.map(({ socket: _, ...listener }) => ({
+        ...listener,
+        address: Uint8Array.from(listener.address),
+        descriptor: sockets.get(listener.inode)!,
+      })),
     }
   }
 
@@ -408,10 +465,10 @@ export class CriuEngine implements Engine {
   }
 
   async close(): Promise<void> {
+    this.#isClosing = true
     for (const source of this.#sources) await source.close()
-    for (const path of this.#socketPaths) path.close()
-    for (const sockets of this.#sockets.values()) for (const fd of sockets.values()) closeSync(fd)
-    this.#sockets.clear()
+    for (const path of this.#socketPaths.splice(0)) path.close()
+    this.#sockets.close({ leavePaths: !this.#options.deathSignal })
     rmSync(this.#forks, { recursive: true, force: true })
     await this.store.close()
   }
@@ -444,9 +501,35 @@ function isTmpfs(path: string): boolean {
   }
 }
 
-function addressOf({ path, port, address }: EngineData['listeners'][number]): string {
-  if (port !== 0) return `port ${port}`
-  return path ?? `@${Buffer.from(address.slice(1)).toString('utf8')}`
+/** Throws GENERATION_MISFIT for a generation of which too little was written down to make its sockets anew. */
+function sharedSocketsOf(generation: Generation): SharedSocket[] {
+  const { listeners } = generation.manifest.engineData as unknown as EngineData
+  return listeners.map(({ socket, address, ...listener }) => {
+    const known = { ...listener, address: Uint8Array.from(address) }
+    if (socket) return { ...known, socket }
+    throw new WarmforkError('GENERATION_MISFIT', {
+      tried: `open generation ${generation.number}`,
+      happened: `its children share a socket (${addressWords(known)}) of which an earlier warmfork did not write down how to make it`,
+    })
+  })
+}
+
+/** Ports that streams listen at now, by those that the program asked for; where there is none such, those of datagrams. */
+function changedPorts(
+  listeners: readonly SharedSocket[],
+  addresses: ReadonlyMap<number, { readonly port: number } | string>,
+): Map<number, number> {
+  const SOCK_STREAM = 1
+  const ports = new Map<number, number>()
+  for (const { inode, port, type } of listeners) {
+    const now = addresses.get(inode)
+    if (typeof now === 'object' && (type === SOCK_STREAM || !ports.has(port))) ports.set(port, now.port)
+  }
+  return ports
+}
+
+function asJson({ options, ...settings }: SocketSettings): Json {
+  return { ...settings, options: options.map((option) => [...option]) } as unknown as Json
 }
 
 /** A copy of a socket of the tree. The process that owns it has it open on some descriptor. */

@@ -50,6 +50,10 @@ export interface SourceOptions {
   timeoutMs: number
   /** How many restorers are kept started ahead. */
   ahead: number
+  /** See `ForkSource.ports`. */
+  ports?: ReadonlyMap<number, number>
+  /** Called once it is closed. */
+  onClosed?: () => void
 }
 
 /** Ids are chosen before the restore; somebody may take one meanwhile. */
@@ -104,6 +108,10 @@ export class CriuForkSource implements ForkSource {
 
   get channels() {
     return this.#options.channels
+  }
+
+  get ports() {
+    return this.#options.ports
   }
 
   async fork({ stdio, signal }: ForkOptions = {}): Promise<ForkedProcess> {
@@ -171,6 +179,7 @@ export class CriuForkSource implements ForkSource {
     await Promise.all(this.#ahead.splice(0).map((one) => this.#discard(one)))
     for (const { fd } of this.#pageFiles) closeSync(fd)
     this.#lease.release()
+    this.#options.onClosed?.()
   }
 
   #load(): ForkImage {
