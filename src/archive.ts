@@ -3,7 +3,7 @@
  * looks like stands in generations/archive/.
  */
 import type { KeyObject } from 'node:crypto'
-import { createReadStream } from 'node:fs'
+import { open } from 'node:fs/promises'
 import type { Readable, Writable } from 'node:stream'
 import { findCriu, formatVersion } from './engines/criu/binary.js'
 import { errnoOf, WarmforkError } from './errors.js'
@@ -123,7 +123,7 @@ export async function importGeneration(options: ImportOptions): Promise<Imported
   const verify = options.verify === undefined ? undefined : publicKey(options.verify)
   const criuVersion = formatVersion(findCriu().version)
   try {
-    const source = typeof file === 'string' ? createReadStream(file, { highWaterMark: 1 << 20 }) : file
+    const source = typeof file === 'string' ? piecesOf(file) : file
     const archive = await Archive.open(source, { digest, verify })
     try {
       const { generation: from } = archive.contents
@@ -153,6 +153,27 @@ export async function importGeneration(options: ImportOptions): Promise<Imported
       remedy: 'Name an archive that can be read.',
       cause: error,
     })
+  }
+}
+
+const PIECE_BYTES = 1 << 20
+
+/** Each piece is there until the next one is asked for; that is read meanwhile. */
+async function* piecesOf(path: string): AsyncGenerator<Buffer> {
+  const handle = await open(path, 'r')
+  const buffers = [Buffer.allocUnsafeSlow(PIECE_BYTES), Buffer.allocUnsafeSlow(PIECE_BYTES)]
+  let next: ReturnType<typeof handle.read<Buffer>> | undefined
+  try {
+    for (let turn = 0; ; turn++) {
+      const { bytesRead, buffer } = await (next ?? handle.read(buffers[0]!))
+      if (bytesRead === 0) return
+      next = handle.read(buffers[(turn + 1) % 2]!)
+      next.catch(() => {})
+      yield buffer.subarray(0, bytesRead)
+    }
+  } finally {
+    await next?.catch(() => {})
+    await handle.close()
   }
 }
 

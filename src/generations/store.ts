@@ -14,9 +14,8 @@ import { join } from 'node:path'
 import { errnoOf, WarmforkError } from '../errors.js'
 import { tryLock } from '../linux/libc.js'
 import { isAlive, stat } from '../linux/proc.js'
-import type { Run } from './checksum.js'
 import { checkExec, checkName, checkSafe, defaultRoot, ensureDirectory, storeError, sync } from './directories.js'
-import { Draft, EPHEMERAL_MARK, walk } from './draft.js'
+import { Draft, EPHEMERAL_MARK, type NewPageFile, walk } from './draft.js'
 import { Generation } from './generation.js'
 import type { EarlierCopy } from './kept-files.js'
 import { plantLease, removeDead, surveyLeases } from './lease.js'
@@ -64,7 +63,7 @@ export interface NewGeneration {
 export interface Filled {
   memory: 'cow' | 'copy'
   /** The page files that the filler wrote, by name relative to the draft, with the stretches that hold data. */
-  pageFiles: readonly { name: string; runs: readonly Run[] }[]
+  pageFiles: readonly NewPageFile[]
   warnings: readonly string[]
   /** Of the source, at the checkpoint. */
   rssBytes: number

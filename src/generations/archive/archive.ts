@@ -8,6 +8,7 @@ import { type FileHandle, open } from 'node:fs/promises'
 import { join } from 'node:path'
 import { errnoOf } from '../../errors.js'
 import type { Run } from '../checksum.js'
+import type { NewPageFile } from '../draft.js'
 import { decompressed } from './blocks.js'
 import type { ByteReader } from './byte-reader.js'
 import {
@@ -31,16 +32,8 @@ export interface Expectations {
   readonly verify?: KeyObject | undefined
 }
 
-/** A page file that was unpacked. */
-export interface UnpackedPageFile {
-  readonly name: string
-  readonly runs: readonly Run[]
-}
-
 /** So much is hashed and written at once. */
-const PIECE_BYTES = 256 << 10
-/** Larger members are page files, which are never held in memory as a whole. */
-const EMPTY = Buffer.alloc(0)
+const PIECE_BYTES = 512 << 10
 
 export class Archive {
   private constructor(
@@ -88,11 +81,11 @@ export class Archive {
    * Writes the members below a directory that has the directories of a generation, and no files of these names. Nothing of it
    * may be used before it returns. Throws ARCHIVE_INVALID, and what writing throws.
    */
-  async unpack(directory: string, signal?: AbortSignal): Promise<UnpackedPageFile[]> {
-    const pageFiles: UnpackedPageFile[] = []
+  async unpack(directory: string, signal?: AbortSignal): Promise<NewPageFile[]> {
+    const pageFiles: NewPageFile[] = []
     const before = new Set([CONTENTS_NAME, SIGNATURE_NAME])
     const names = new Set(this.contents.members.map(({ name }) => name))
-    let runs: Buffer = EMPTY
+    let runs: Buffer = Buffer.alloc(0)
     for (const member of this.contents.members) {
       const { name, bytes, apparentBytes } = member
       const found = await this.reader.take(BLOCK_BYTES, `the header of ${name}`)
@@ -101,7 +94,7 @@ export class Archive {
       const keep = name.endsWith('.runs') ? Buffer.allocUnsafeSlow(bytes) : undefined
       await this.#unpackOne(directory, member, stretches, { keep, signal })
       if (keep) runs = keep
-      if (apparentBytes !== undefined) pageFiles.push({ name, runs: stretches })
+      if (apparentBytes !== undefined) pageFiles.push({ name, runs: stretches, sha256: member.sha256 })
       before.add(name)
     }
     await this.#expectEnd(before, names)
@@ -128,9 +121,12 @@ export class Archive {
           signal?.throwIfAborted()
           const piece = await this.reader.some(Math.min(PIECE_BYTES, length - done))
           if (!piece) throw invalid(`it is cut short: it ends in its member ${name}`)
+          // A thread writes while it is hashed.
+          const writing = handle && writeAll(handle, piece, offset + done)
+          writing?.catch(() => {})
           hash.update(piece)
           if (keep) piece.copy(keep, at)
-          if (handle) await writeAll(handle, piece, offset + done)
+          await writing
           done += piece.length
           at += piece.length
         }

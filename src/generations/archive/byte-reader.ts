@@ -1,4 +1,7 @@
-/** Bytes that arrive in pieces of any size, read in pieces of the size that is wanted. It knows nothing of what they mean. */
+/**
+ * Bytes that arrive in pieces of any size, read in pieces of the size that is wanted. The source may fill the same memory again
+ * when the next piece is asked for. It knows nothing of what they mean.
+ */
 import { invalid } from './failure.js'
 
 export class ByteReader {
@@ -20,16 +23,16 @@ export class ByteReader {
     if (!(await this.#gather(length))) {
       throw invalid(`it is cut short: it ends at byte ${this.#read + this.#current.length}, in ${what}`)
     }
-    return this.#shift(length)
+    return Buffer.from(this.#shift(length))
   }
 
-  /** At most so many bytes, as many as there are at once; undefined at the end. */
+  /** At most so many bytes, as many as there are at once, until more is asked for; undefined at the end. */
   async some(atMost: number): Promise<Buffer | undefined> {
     if (!(await this.#gather(1))) return undefined
     return this.#shift(Math.min(atMost, this.#current.length))
   }
 
-  /** The next bytes without taking them, fewer at the end. */
+  /** The next bytes without taking them, fewer at the end; until more is asked for. */
   async peek(length: number): Promise<Buffer> {
     await this.#gather(length)
     return this.#current.subarray(0, length)
@@ -50,13 +53,16 @@ export class ByteReader {
   /** Whether so many bytes are there. */
   async #gather(length: number): Promise<boolean> {
     if (this.#current.length >= length) return true
-    const pieces = [this.#current]
+    // Copied, since it is the source's.
+    const pieces: Buffer[] = this.#current.length === 0 ? [] : [Buffer.from(this.#current)]
     let total = this.#current.length
     while (total < length) {
       const { value, done } = await this.#source.next()
       if (done) break
-      pieces.push(Buffer.from(value.buffer, value.byteOffset, value.byteLength))
-      total += value.byteLength
+      const piece = Buffer.from(value.buffer, value.byteOffset, value.byteLength)
+      total += piece.length
+      // The last one is copied by joining it, or is the only one.
+      pieces.push(total < length ? Buffer.from(piece) : piece)
     }
     this.#current = pieces.length === 1 ? pieces[0]! : Buffer.concat(pieces)
     return total >= length
