@@ -6,6 +6,7 @@ import type { Readable, Writable } from 'node:stream'
 import type { ForkedChannel, SourceChannel } from '../agents/channel.js'
 import type { AgentGroup } from '../agents/group.js'
 import type { DescriptorPolicies } from '../descriptors/policies.js'
+import type { WatchedSource } from '../generations/surroundings.js'
 import type { ExitStatus } from '../linux/reaper.js'
 import type { Terminal } from '../terminal.js'
 
@@ -38,6 +39,29 @@ export interface SourceProcess {
   readonly gid: number
   /** Connections of agents in the source to the supervisor: each fork gets a new one in place of each. */
   readonly channels: readonly SourceChannel[]
+  /** Options that stand in its image, by their names and in words. That of a fork has those of its generation. */
+  readonly options?: Readonly<Record<string, string>> | undefined
+  /** The application's own files when it was booted. Likewise. */
+  readonly watched?: WatchedSource | undefined
+}
+
+/** What a supervisor that starts would boot, and how. */
+export interface Circumstances {
+  readonly command: readonly string[]
+  readonly cwd: string
+  readonly uid: number
+  readonly gid: number
+  /** Values, not hashes. */
+  readonly declaredEnv: Readonly<Record<string, string>>
+  readonly options: Readonly<Record<string, string>>
+}
+
+/** A generation that outlived the supervisor that made it. */
+export interface Candidate {
+  readonly number: number
+  /** Why it cannot be used here and now, each as a phrase; empty where it can, as far as a look tells. */
+  readonly reasons: readonly string[]
+  readonly watched?: WatchedSource | undefined
 }
 
 /** The slave side of a pty, as `fstat` names it. */
@@ -156,6 +180,13 @@ export interface Engine {
   discard(generation: number): Promise<boolean>
   /** The generations that outlive their supervisor and can be used, the oldest first. */
   list(): Promise<readonly GenerationInfo[]>
+  /** Those that a supervisor in these circumstances finds, the newest first. Absent: the engine keeps none. */
+  candidates?(circumstances: Circumstances): Promise<readonly Candidate[]>
+  /**
+   * Reads a generation and compares its checksums; `quickly`: leaves out large files that by their times and inodes nobody has touched.
+   * Throws GENERATION_CORRUPT, and so does each later fork from it.
+   */
+  verify?(generation: number, how: 'quickly' | 'wholly'): Promise<void>
   close(): Promise<void>
   /** After all processes were ended: resolves when the statuses of those that nobody else waits for are read. */
   settled?(): Promise<void>

@@ -185,7 +185,14 @@ export class Draft {
     const path = join(this.directory, name)
     if (pageFile) {
       const { runs, sha256 } = pageFile
-      return { bytes, runs: runsFile(name), ...(durable ? { sha256: sha256 ?? (await runsChecksum(path, runs)) } : {}) }
+      const { mtimeNs, ino } = lstatSync(path, { bigint: true })
+      return {
+        bytes,
+        runs: runsFile(name),
+        mtimeNs: String(mtimeNs),
+        inode: String(ino),
+        ...(durable ? { sha256: sha256 ?? (await runsChecksum(path, runs)) } : {}),
+      }
     }
     if (inherited?.runs !== undefined) {
       const known = decodeRuns(readFileSync(join(this.directory, inherited.runs)))

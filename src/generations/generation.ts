@@ -139,6 +139,22 @@ export class Generation {
     for (const [name, stored] of Object.entries(files)) await this.#verifyFile(name, stored)
   }
 
+  /**
+   * Compares the checksums of what is small. A page file that has the inode and the time of its last change that it was sealed with
+   * is believed to hold what it held: to read 500 MiB takes 0.3 s. Throws GENERATION_CORRUPT, naming the file.
+   */
+  async verifyQuickly(): Promise<void> {
+    for (const [name, stored] of Object.entries(this.manifest.files)) {
+      const { runs, mtimeNs, inode } = stored
+      if (runs !== undefined && mtimeNs !== undefined && inode !== undefined) {
+        const now = lstatSync(join(this.directory, name), { bigint: true, throwIfNoEntry: false })
+        const isSame = now && String(now.ino) === inode && String(now.mtimeNs) === mtimeNs
+        if (isSame && Number(now.size) === stored.bytes) continue
+      }
+      await this.#verifyFile(name, stored)
+    }
+  }
+
   async #verifyFile(name: string, stored: StoredFile): Promise<void> {
     const path = join(this.directory, name)
     try {
@@ -185,11 +201,17 @@ export class Generation {
    * Throws GENERATION_MISFIT with each reason.
    */
   checkFit(current: Surroundings): void {
+    const reasons = this.misfits(current)
+    if (reasons.length > 0) throw this.#misfit(reasons)
+  }
+
+  /** Why it cannot be used in these surroundings, each reason as a phrase; empty where it can. */
+  misfits(current: Surroundings): string[] {
     const reasons = differences(this.manifest.surroundings, current)
     for (const entry of this.manifest.mappedFiles) {
       if (currentPath(this.directory, entry) === undefined) reasons.push(lostFile(entry))
     }
-    if (reasons.length > 0) throw this.#misfit(reasons)
+    return reasons
   }
 
   /** Where a file that the image names is to be taken from now; undefined where it changed and was not kept. */

@@ -29,6 +29,9 @@ const storedFile = z.strictObject({
   sha256: sha256.optional(),
   /** For a page file: the file of its runs. `sha256` then covers those only. */
   runs: relativePath.optional(),
+  /** Of a page file when it was complete: as long as both are the same, nobody has put another in its place. */
+  mtimeNs: decimal.optional(),
+  inode: decimal.optional(),
 })
 
 const mappedFile = z.strictObject({
@@ -74,6 +77,8 @@ const schema = z.strictObject({
     uid: count,
     gid: count,
     declaredEnv: z.record(z.string(), sha256),
+    options: z.record(z.string(), z.string()).optional(),
+    watched: z.strictObject({ globs: z.array(z.string()).readonly(), files: z.string() }).optional(),
   }),
   memory: z.enum(['cow', 'copy']),
   warnings: z.array(z.string()),

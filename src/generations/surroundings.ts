@@ -22,6 +22,16 @@ export interface Surroundings {
   readonly gid: number
   /** SHA-256 of each declared variable's value, by key: the values may be secrets. */
   readonly declaredEnv: Readonly<Record<string, string>>
+  /** Of the supervisor, by their names and in words: those that stand in an image, so that no fork can have others. */
+  readonly options?: Readonly<Record<string, string>> | undefined
+  /** The application's own files when they were read: compared by whoever knows what they are now, and not here. */
+  readonly watched?: WatchedSource | undefined
+}
+
+export interface WatchedSource {
+  readonly globs: readonly string[]
+  /** A text that its maker can read. */
+  readonly files: string
 }
 
 /** What only the caller can know of the surroundings. */
@@ -33,12 +43,14 @@ export interface Circumstances {
   readonly gid: number
   /** Values, not hashes. */
   readonly declaredEnv: Readonly<Record<string, string>>
+  readonly options?: Readonly<Record<string, string>> | undefined
+  readonly watched?: WatchedSource | undefined
 }
 
 /** The surroundings of this moment, on this machine. */
 export function currentSurroundings(circumstances: Circumstances): Surroundings {
   const cpu = cpuInfo(readFileSync('/proc/cpuinfo', 'latin1'))
-  const { criuVersion, command, cwd, uid, gid } = circumstances
+  const { criuVersion, command, cwd, uid, gid, options, watched } = circumstances
   const declaredEnv: Record<string, string> = {}
   for (const [key, value] of Object.entries(circumstances.declaredEnv)) declaredEnv[key] = sha256(value)
   return {
@@ -52,6 +64,8 @@ export function currentSurroundings(circumstances: Circumstances): Surroundings 
     uid,
     gid,
     declaredEnv,
+    ...(options ? { options: { ...options } } : {}),
+    ...(watched ? { watched: { ...watched } } : {}),
   }
 }
 
@@ -83,6 +97,11 @@ export function differences(made: Surroundings, now: Surroundings): string[] {
     else if (!(key in made.declaredEnv)) found.push(`the environment variable ${key} was not declared then`)
     else if (made.declaredEnv[key] !== now.declaredEnv[key])
       found.push(`the environment variable ${key} has another value`)
+  }
+  if (now.options && !made.options) found.push('it was not written down with which options it was made')
+  if (!now.options || !made.options) return found
+  for (const key of new Set([...Object.keys(made.options), ...Object.keys(now.options)])) {
+    compare(`the option \`${key}\``, made.options[key] ?? 'unknown', now.options[key] ?? 'unknown')
   }
   return found
 }

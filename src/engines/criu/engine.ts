@@ -36,7 +36,9 @@ import { prepare } from '../../image/prepare.js'
 import { pidfdGetfd, pidfdOpen } from '../../linux/libc.js'
 import { mappingsWithFlags, memoryUse, namespacePid, processTree } from '../../linux/proc.js'
 import type {
+  Candidate,
   CheckpointOptions,
+  Circumstances,
   Engine,
   ForkSource,
   GenerationInfo,
@@ -152,15 +154,6 @@ export class CriuEngine implements Engine {
   }
 
   async checkpoint(source: SourceProcess, options: CheckpointOptions): Promise<GenerationInfo> {
-    const { command, cwd, uid, gid, declaredEnv } = source
-    const surroundings = currentSurroundings({
-      criuVersion: formatVersion(this.#criu.version),
-      command,
-      cwd,
-      uid,
-      gid,
-      declaredEnv,
-    })
     const sockets: { listener: SharedSocket; fd: number }[] = []
     const lost: string[] = []
     const takeSockets = (pids: readonly number[], listeners: readonly Listener[]) => {
@@ -178,6 +171,11 @@ export class CriuEngine implements Engine {
     // Its own children hold it too, but they may end meanwhile.
     parent?.hold()
     try {
+      const { options: baked, watched } = parent?.manifest.surroundings ?? source
+      const { command, cwd, uid, gid, declaredEnv } = source
+      const criuVersion = formatVersion(this.#criu.version)
+      const about = { criuVersion, command, cwd, uid, gid, declaredEnv, options: baked, watched }
+      const surroundings = currentSurroundings(about)
       const meta = {
         parent: parent?.number ?? null,
         reforks: parent ? (parent.manifest.reforks ?? 0) + 1 : 0,
@@ -398,6 +396,31 @@ export class CriuEngine implements Engine {
 
   async list(): Promise<readonly GenerationInfo[]> {
     return (await this.store.list()).filter(({ ephemeral }) => !ephemeral).map(({ info }) => info)
+  }
+
+  async candidates(circumstances: Circumstances): Promise<readonly Candidate[]> {
+    const now = currentSurroundings({ ...circumstances, criuVersion: formatVersion(this.#criu.version) })
+    const { generations, broken } = await this.store.survey()
+    const whole = generations
+      .filter(({ ephemeral }) => !ephemeral)
+      .map((generation) => ({
+        number: generation.number,
+        reasons: generation.misfits(now),
+        watched: generation.manifest.surroundings.watched,
+      }))
+    const others = broken.map(({ number, error }) => ({ number, reasons: [error.happened] }))
+    return [...whole, ...others].sort((a, b) => b.number - a.number)
+  }
+
+  async verify(number: number, how: 'quickly' | 'wholly'): Promise<void> {
+    const open = [...this.#sources].filter(({ generation }) => generation.number === number)
+    const generation = await this.store.get(number)
+    try {
+      await (how === 'quickly' ? generation.verifyQuickly() : generation.verify())
+    } catch (error) {
+      for (const source of open) source.refuse(error as Error)
+      throw error
+    }
   }
 
   async discard(number: number): Promise<boolean> {

@@ -75,6 +75,7 @@ export class CriuForkSource implements ForkSource {
   readonly #options: SourceOptions
   readonly #ahead: { restorer: Restorer; fresh: number[]; image: ForkImage }[] = []
   readonly #lease: Lease
+  #refused: Error | undefined
   #image: ForkImage
   #replaced: ReadonlyMap<string, string>
   /** Addresses of `reconnected` at which nobody listens now. */
@@ -110,6 +111,11 @@ export class CriuForkSource implements ForkSource {
     return this.#options.channels
   }
 
+  /** From now on each fork fails with this. */
+  refuse(error: Error): void {
+    this.#refused = error
+  }
+
   get ports() {
     return this.#options.ports
   }
@@ -132,6 +138,7 @@ export class CriuForkSource implements ForkSource {
     for (let attempt = 1; ; attempt++) {
       signal?.throwIfAborted()
       if (this.#closed) throw new WarmforkError('STOPPED', { tried, happened: 'the generation is not in use any more' })
+      if (this.#refused) throw this.#refused
       this.#options.remakePaths()
       this.#checkFiles()
       const taken = this.#take(relay?.fds)
