@@ -275,8 +275,8 @@ describe('a list', () => {
   })
 
   test('larger than any is refused before it is read', async () => {
-    const head = header(CONTENTS_NAME, 9 << 20)
-    expect(await refusal(Buffer.concat([head, plain()]))).toMatch(/has 9437184 bytes, and 8388608 at most/)
+    const head = header(CONTENTS_NAME, 17 << 20)
+    expect(await refusal(Buffer.concat([head, plain()]))).toMatch(/has 17825792 bytes, and 16777216 at most/)
   })
 
   test('of more than the disk holds is refused before anything is written', async () => {

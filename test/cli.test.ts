@@ -8,7 +8,20 @@ import { Terminal } from './cli-harness.js'
 const terminal = new Terminal()
 afterAll(() => terminal.leave())
 
-const SUBCOMMANDS = ['run', 'fork', 'ps', 'generations', 'inspect', 'prune', 'stop', 'doctor', 'demo', 'completion']
+const SUBCOMMANDS = [
+  'run',
+  'fork',
+  'ps',
+  'generations',
+  'inspect',
+  'prune',
+  'export',
+  'import',
+  'stop',
+  'doctor',
+  'demo',
+  'completion',
+]
 
 const helps = new Map<string, Promise<string>>()
 

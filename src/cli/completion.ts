@@ -31,8 +31,8 @@ interface Described {
   readonly name: string
   readonly summary: string
   readonly flags: readonly Flag[]
-  /** What its arguments can be; `command` for one that takes a command line. */
-  readonly operands: readonly string[] | 'command'
+  /** What its arguments can be; `command` for one that takes a command line, `file` for one that takes a file. */
+  readonly operands: readonly string[] | 'command' | 'file'
 }
 
 function describe(program: Command): Described[] {
@@ -50,7 +50,8 @@ function describe(program: Command): Described[] {
     }))
 }
 
-function operandsOf(command: Command): readonly string[] {
+function operandsOf(command: Command): readonly string[] | 'file' {
+  if (command.registeredArguments.some((argument) => argument.name() === 'file')) return 'file'
   return command.registeredArguments.flatMap(({ argChoices }) => argChoices ?? [])
 }
 
@@ -78,7 +79,7 @@ function bash(commands: readonly Described[]): string {
     const rest =
       operands === 'command'
         ? '      [[ $current != -* ]] && { COMPREPLY=($(compgen -c -f -- "$current")); return; }'
-        : `      [[ $current != -* ]] && { COMPREPLY=($(compgen -W '${operands.join(' ')}' -- "$current")); return; }`
+        : `      [[ $current != -* ]] && { COMPREPLY=($(compgen ${operands === 'file' ? '-f' : `-W '${operands.join(' ')}'`} -- "$current")); return; }`
     return `    ${name})
       case $previous in
 ${values.join('\n')}
@@ -118,9 +119,11 @@ function zsh(commands: readonly Described[]): string {
     const rest =
       operands === 'command'
         ? ["'*::command:_normal'"]
-        : operands.length > 0
-          ? [`'1:argument:(${operands.join(' ')})'`]
-          : []
+        : operands === 'file'
+          ? ["'1:file:_files'"]
+          : operands.length > 0
+            ? [`'1:argument:(${operands.join(' ')})'`]
+            : []
     const lines = [...flags.map(specification), ...rest.map((line) => `      ${line}`)]
     return `    ${name}) _arguments \\\n${lines.join(' \\\n')} ;;`
   })
@@ -161,6 +164,7 @@ function fish(commands: readonly Described[]): string {
       lines.push(`${within} ${words.join(' ')} -d '${quotedFish(description)}'`)
     }
     if (operands === 'command') lines.push(`${within} -a '(__fish_complete_subcommand)'`)
+    else if (operands === 'file') lines.push(`${within} -F`)
     else if (operands.length > 0) lines.push(`${within} -a '${operands.join(' ')}'`)
   }
   return lines.join('\n')

@@ -14,8 +14,8 @@ export const CONTENTS_NAME = 'warmfork-archive.json'
 export const SIGNATURE_NAME = 'warmfork-archive.sig'
 const FORMAT = 'warmfork-archive'
 export const ARCHIVE_VERSION = 1
-/** 100 times that of a large program. */
-export const MAX_CONTENTS_BYTES = 8 << 20
+/** Three times that of a large program of 20,000 files that are watched. */
+export const MAX_CONTENTS_BYTES = 16 << 20
 
 const sha256 = z.string().regex(/^[0-9a-f]{64}$/)
 const count = z.number().int().nonnegative()

@@ -16,6 +16,7 @@ import {
   CONTENTS_NAME,
   encodeContents,
   isPageFile,
+  MAX_CONTENTS_BYTES,
   runsName,
   SIGNATURE_NAME,
 } from './contents.js'
@@ -48,6 +49,10 @@ export async function writeArchive(
 ): Promise<Written> {
   const contents = await contentsOf(generation, signal)
   const { text, digest } = encodeContents(contents)
+  if (text.length > MAX_CONTENTS_BYTES) {
+    const happened = `its list would have ${text.length} bytes, and ${MAX_CONTENTS_BYTES} at most are read`
+    throw new WarmforkError('GENERATION_MISFIT', { tried: `export generation ${generation.number}`, happened })
+  }
   const writer = new BlockWriter(compress, output)
   try {
     await writeWhole(writer, CONTENTS_NAME, text)
