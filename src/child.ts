@@ -3,14 +3,14 @@
  * no pool and no supervisor.
  */
 import { EventEmitter } from 'node:events'
-import { closeSync } from 'node:fs'
+import { closeSync, statSync } from 'node:fs'
 import { Socket } from 'node:net'
 import { Readable, Writable } from 'node:stream'
 import pidusage from 'pidusage'
 import { AgentGroup, type ForkInput } from './agents/group.js'
 import { payloadOf, payloadValue } from './agents/protocol.js'
 import { endTrees } from './ending.js'
-import type { ForkedProcess, SourceProcess } from './engines/engine.js'
+import type { ForkedProcess, SourceProcess, SourceTerminal } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
 import { descendants, isEnding, memoryUse, pipeInode } from './linux/proc.js'
 import type { ExitStatus } from './linux/reaper.js'
@@ -381,7 +381,20 @@ export class Child extends EventEmitter<ChildEvents> {
       forkedPids: this.#process.pids,
       stdioInodes: [0, 1, 2].map((fd) => pipeInode(this.pid, fd)) as [bigint, bigint, bigint],
       channels: this.#agents?.channels() ?? [],
+      ...(this.#terminal ? { terminal: this.#ownTerminal() } : {}),
     }
+  }
+
+  /** Its pty, which is not that of its origin. */
+  #ownTerminal(): SourceTerminal {
+    for (const fd of [0, 1, 2]) {
+      const found = statSync(`/proc/${this.pid}/fd/${fd}`, { throwIfNoEntry: false })
+      if (found?.isCharacterDevice()) return { rdev: found.rdev, dev: found.dev }
+    }
+    throw new WarmforkError('CHECKPOINT_FAILED', {
+      tried: `checkpoint child ${this.pid}`,
+      happened: 'it has its terminal on none of its standard streams any more',
+    })
   }
 
   /** What it is to its agents; undefined where it has none. @internal */

@@ -92,9 +92,19 @@ export class Pool {
     return child
   }
 
-  /** All that are parked are of yesterday: each is replaced, and serves until its successor is there. */
-  turnOver(): void {
-    for (const child of [...this.#parked]) if (!this.#replacing.has(child)) this.#replace(child)
+  /**
+   * All that are parked are of yesterday, and are replaced.
+   * @param atOnce whether they go before their successors are there: they are not to be had any more
+   * @returns resolves when none of them is left
+   */
+  async turnOver(atOnce: boolean): Promise<void> {
+    const old = [...this.#parked]
+    if (!atOnce) {
+      await Promise.all(old.map((child) => this.#replace(child)))
+      return
+    }
+    for (const child of old) if (this.#remove(child)) this.#end(child)
+    this.#refill()
   }
 
   /** From now on so many are kept parked: the oldest of too many are ended, and missing ones are made in the background. */
@@ -203,20 +213,18 @@ export class Pool {
   }
 
   /** Makes another first and then ends the old one, so that the pool does not run empty. */
-  #replace(old: Child): void {
-    if (this.#parked.includes(old)) {
-      this.#replacing.add(old)
-      this.#add()
-        .then(() => {
-          if (this.#remove(old)) this.#end(old)
-        })
-        .catch((error) => {
-          this.#failed(error)
-          // The next refill is in its place.
-          if (this.#remove(old)) this.#end(old)
-        })
-    }
+  async #replace(old: Child): Promise<void> {
+    const isParked = this.#parked.includes(old)
+    if (isParked) this.#replacing.add(old)
     this.#scheduleExpiry()
+    if (!isParked) return
+    try {
+      await this.#add()
+    } catch (error) {
+      // The next refill is in its place.
+      this.#failed(error)
+    }
+    if (this.#remove(old)) this.#end(old)
   }
 
   #end(child: Child): void {

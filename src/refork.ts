@@ -35,6 +35,7 @@ const NEXT_MAY_DO: ReadonlySet<ErrorCode> = new Set<ErrorCode>([
   'NOT_AT_REST',
   'AGENT_LOST',
   'HOOK_FAILED',
+  'REFORK_REFUSED',
 ])
 /** How many children are tried, one after the other. */
 const MOST_TRIES = 3

@@ -13,6 +13,7 @@ import { descendants } from './linux/proc.js'
 import { quoted, type Template } from './template.js'
 
 const LOOK_AGAIN_MS = 20
+/** A connection that was in use so recently is taken to be in use yet. */
 const QUIET_MS = 50
 
 const ESTABLISHED = 0x01
@@ -64,7 +65,10 @@ export async function untilAtRest(
 export interface LookOptions {
   /** Processes that are not looked at: somebody inside of them knows better. @default none */
   except?: ReadonlySet<number>
-  /** A connection that was in use so recently is taken to be in use yet, in milliseconds. @default 50 */
+  /**
+   * The tree stands still. A connection that was in use less than this ago is taken to be in use yet, in milliseconds.
+   * @default it runs, and what is seen may be over: 50
+   */
   quietMs?: number
 }
 
@@ -72,10 +76,10 @@ export interface LookOptions {
 export async function whatIsInHand(root: number, options: LookOptions = {}): Promise<string | undefined> {
   if (process.platform !== 'linux') return undefined
   const tree = [root, ...descendants(root)].filter((pid) => !options.except?.has(pid))
-  return (await tcpInHand(tree, options.quietMs ?? QUIET_MS)) ?? unixInHand(tree)
+  return (await tcpInHand(tree, options.quietMs)) ?? unixInHand(tree)
 }
 
-async function tcpInHand(tree: readonly number[], quietMs: number): Promise<string | undefined> {
+async function tcpInHand(tree: readonly number[], quietMs: number | undefined): Promise<string | undefined> {
   const sockets = tree.flatMap(tcpSockets)
   const served = new Set(sockets.filter((socket) => socket.state === LISTEN).map((socket) => socket.localPort))
   for (const socket of sockets) {
@@ -84,14 +88,18 @@ async function tcpInHand(tree: readonly number[], quietMs: number): Promise<stri
     if (state !== ESTABLISHED || !served.has(localPort)) continue
     const connection = `the connection from port ${remotePort} to port ${localPort}`
     if (unread > 0) return `${connection} has ${unread} bytes that it has not read`
-    if (unsent > 0) return `${connection} has ${unsent} bytes under way`
     const activity = await lastActivity(socket)
+    // What is sent and not acknowledged yet is the kernel's to deliver; what it has not sent yet may be the part of an answer.
+    const bytesUnderWay = quietMs === undefined || !activity ? unsent : activity.bytesNotSent
+    if (bytesUnderWay > 0) return `${connection} has ${bytesUnderWay} bytes under way`
     if (activity === undefined) continue
     const { lastDataSentMs: sentMs, lastDataReceivedMs: receivedMs, bytesReceived, bytesAcknowledged } = activity
     // A first request can come in the same tick in which the connection was made.
-    const unanswered = receivedMs < sentMs || (bytesReceived > 0n && bytesAcknowledged === 0n)
+    const unanswered = receivedMs < sentMs || (bytesReceived > 0n && bytesAcknowledged === 0n && unsent === 0)
     if (unanswered) return `${connection} brought a request that has no answer yet`
-    if (Math.min(receivedMs, sentMs) < quietMs) return `${connection} was in use less than ${quietMs} ms ago`
+    // In the same tick of the kernel's, the answer to one request and the next request cannot be told apart.
+    const leastMs = sentMs < receivedMs ? (quietMs ?? QUIET_MS) : QUIET_MS
+    if (Math.min(receivedMs, sentMs) < leastMs) return `${connection} was in use less than ${leastMs} ms ago`
   }
   return undefined
 }

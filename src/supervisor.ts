@@ -388,7 +388,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       const from = succession.number
       const { number } = await succession.earlier(to)
       if (number === from) return succession.source!.generation
-      const generation = await this.#switchTo(number)
+      const generation = await this.#switchTo(number, true)
       await succession.reject(from, reason)
       this.#warn('rollback', `generation ${from} is not used any more, and generation ${number} is again: ${reason}`)
       this.emit('rollback', number, from, reason)
@@ -594,14 +594,17 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     }
   }
 
-  /** Forks, pool and workers follow. */
-  async #switchTo(number: number): Promise<GenerationInfo> {
+  /**
+   * Forks, pool and workers follow. `isBad`: nobody is to have a child of the generation before any more; else the parked ones of it
+   * are given until there are others.
+   */
+  async #switchTo(number: number, isBad = false): Promise<GenerationInfo> {
     const generation = await this.#succession!.switchTo(number)
     this.#crashes.reset()
     this.#canary.watch(generation.reforks > 0 ? number : 0)
     this.#log.info(`generation=${number} is in use`)
-    this.#pool?.turnOver()
     void this.#crew?.rollOut()
+    await this.#pool?.turnOver(isBad)
     this.#succession!.prune()
     return generation
   }

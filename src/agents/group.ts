@@ -127,7 +127,7 @@ export class AgentGroup extends EventEmitter<AgentGroupEvents> {
    * Has all agents run their hooks and wait, until `resume`; where they are parked already, after that. Those that do not answer
    * are left out; where a hook fails, all go on.
    * @returns what the user should hear
-   * @throws HOOK_FAILED
+   * @throws HOOK_FAILED, NOT_AT_REST, REFORK_REFUSED
    */
   async park(reason: 'template' | 'fork' | 'refork', timeoutMs: number): Promise<string[]> {
     // A refork and a fork that the program asks for itself can come at once.

@@ -121,7 +121,7 @@ export class AgentLink extends EventEmitter<LinkEvents> {
   /**
    * Runs the hooks before a checkpoint and has the agent wait in its read.
    * @returns names of threads that go on all the same
-   * @throws HOOK_FAILED, and AGENT_LOST where it says nothing or is gone
+   * @throws HOOK_FAILED, NOT_AT_REST, REFORK_REFUSED, and AGENT_LOST where it says nothing or is gone
    */
   async park(reason: 'template' | 'fork' | 'refork', timeoutMs: number): Promise<readonly string[]> {
     const tried = `run the hooks before the checkpoint in process ${this.pid} (${this.#hello.runtime})`
@@ -150,7 +150,7 @@ export class AgentLink extends EventEmitter<LinkEvents> {
     }
     if (answer.type === 'refused') {
       this.#release()
-      throw hookFailed(tried, answer.error)
+      throw refusal(tried, answer.error)
     }
     this.#heldRequests = answer.held ?? 0
     return answer.threads ?? []
@@ -235,6 +235,13 @@ function checkLength(message: ToAgent): void {
   const { length } = encodeLine(message)
   if (length <= MAX_LINE_TO_AGENT) return
   throw new RangeError(`a message of ${length} bytes, where an agent takes ${MAX_LINE_TO_AGENT}`)
+}
+
+/** What a `refused` says: by its code, or that a hook failed. */
+function refusal(tried: string, error: AgentFailure): WarmforkError {
+  if (error.code === 'BUSY') return new WarmforkError('NOT_AT_REST', { tried, happened: error.message })
+  if (error.code === 'UNSAFE') return new WarmforkError('REFORK_REFUSED', { tried, happened: error.message })
+  return hookFailed(tried, error)
 }
 
 export function hookFailed(tried: string, { hook, message, stack }: AgentFailure): WarmforkError {

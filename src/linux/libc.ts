@@ -229,7 +229,12 @@ export type WaitResult =
   /** Not our child, or somebody else has read its status. */
   | { kind: 'none' }
 
-const SIGNAL_NAMES = new Map(Object.entries(constants.signals).map(([name, number]) => [number as number, name]))
+/** Some numbers have an old name too (SIGIOT is SIGABRT, SIGPOLL is SIGIO): the one that Node gives comes first in its table. */
+const SIGNAL_NAMES = new Map(
+  Object.entries(constants.signals)
+    .reverse()
+    .map(([name, number]) => [number as number, name]),
+)
 
 /** The name of a signal number; `SIG64` style for the real-time ones that Node has no name for. */
 export function signalName(number: number): NodeJS.Signals {
@@ -341,19 +346,22 @@ export interface TcpInfo {
   /** Of what was sent, as much as the other side has acknowledged. */
   bytesAcknowledged: bigint
   bytesReceived: bigint
+  /** What the program has written and the kernel has not sent yet, not once. */
+  bytesNotSent: number
 }
 
-/** What the kernel knows of a TCP connection (TCP_INFO, Linux 4.2). */
+/** What the kernel knows of a TCP connection (TCP_INFO, Linux 4.6). */
 export function tcpInfo(fd: number): TcpInfo {
   const IPPROTO_TCP = 6
   const TCP_INFO = 11
-  const info = Buffer.alloc(136)
+  const info = Buffer.alloc(148)
   check('getsockopt', c.getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, [info.length]))
-  // struct tcp_info: 8 bytes, 24 numbers of 32 bits, then numbers of 64 bits, of which the third and the fourth.
+  // struct tcp_info: 8 bytes, 24 numbers of 32 bits, then four of 64 bits and three of 32.
   return {
     lastDataSentMs: info.readUInt32LE(44),
     lastDataReceivedMs: info.readUInt32LE(52),
     bytesAcknowledged: info.readBigUInt64LE(120),
     bytesReceived: info.readBigUInt64LE(128),
+    bytesNotSent: info.readUInt32LE(144),
   }
 }
