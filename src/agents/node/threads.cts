@@ -70,6 +70,8 @@ class Threads {
   readonly #past = { total: 0, ms: 0 }
   #words: Int32Array | undefined
   #question = 0
+  /** What is asked of all threads, of those too that come later. */
+  #asked: Word | undefined
 
   constructor(onCounted: () => void) {
     this.#onCounted = onCounted
@@ -85,6 +87,7 @@ class Threads {
       const thread = this.#thread(word.here)
       thread.hasAgent = true
       thread.numbers = new Float64Array(word.numbers)
+      if (this.#asked) this.#channel.postMessage(this.#asked)
     } else if ('counted' in word) this.#onCounted()
     else if ('gone' in word) this.#forget(word.gone)
   }
@@ -131,7 +134,8 @@ class Threads {
   /** Has them say what they have in hand, until `letGo`. */
   look(hold: boolean): void {
     this.#question++
-    if (this.#threads.size > 0) this.#channel.postMessage({ look: this.#question, hold } satisfies Word)
+    this.#asked = { look: this.#question, hold }
+    if (this.#threads.size > 0) this.#channel.postMessage(this.#asked)
   }
 
   /** As they say. One that has not heard the question has something in hand, where it has served requests. */
@@ -150,11 +154,13 @@ class Threads {
   }
 
   letGo(): void {
+    this.#asked = undefined
     if (this.#threads.size > 0) this.#channel.postMessage({ letGo: true } satisfies Word)
   }
 
   /** In a fork, while they stand still: it has answered nothing. */
   becomeFork(): void {
+    this.#asked = undefined
     this.#past.total = 0
     this.#past.ms = 0
     for (const numbers of this.#numbers) numbers.fill(0)
