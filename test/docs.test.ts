@@ -168,7 +168,11 @@ const plain = (text: string) => text.replaceAll('`', '').replaceAll(/\s+/g, ' ')
 describe('docs/options.md', () => {
   const page = read('docs/options.md')
   const options = membersOf('src/options.ts')
-  const supervisor = new Map([...membersOf('src/supervisor.ts'), ...membersOf('src/fork-request.ts')])
+  const supervisor = new Map([
+    ...membersOf('src/supervisor.ts'),
+    ...membersOf('src/fork-request.ts'),
+    ...membersOf('src/archive.ts'),
+  ])
   const groups: [heading: string, ...names: string[]][] = [
     ['## Options of a supervisor', 'SupervisorOptions'],
     ['### template', 'TemplateOptions'],
@@ -177,6 +181,8 @@ describe('docs/options.md', () => {
     ['### ready', ...[...options.keys()].filter((name) => name.startsWith('ReadyBy')), 'Timed'],
     ['### warmup', ...[...options.keys()].filter((name) => name.startsWith('WarmupBy')), 'TimedWarmup'],
     ['## fork', 'ForkRequest'],
+    ['### exportGeneration', 'ExportOptions'],
+    ['### importGeneration', 'ImportOptions'],
   ]
 
   test.each(groups)('has every option of %s, and no other', (heading, ...names) => {

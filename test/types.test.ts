@@ -57,5 +57,12 @@ async function types(supervisor: Supervisor, child: Child, worker: WarmforkWorke
 
 test('the public API has these values, and no more', () => {
   expect(types).toBeTypeOf('function')
-  expect(Object.keys(api).sort()).toEqual(['Child', 'ERROR_CODES', 'Supervisor', 'WarmforkError'])
+  expect(Object.keys(api).sort()).toEqual([
+    'Child',
+    'ERROR_CODES',
+    'Supervisor',
+    'WarmforkError',
+    'exportGeneration',
+    'importGeneration',
+  ])
 })
