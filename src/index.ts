@@ -16,6 +16,7 @@ export { ERROR_CODES, type ErrorCode, type ErrorDetails, WarmforkError } from '.
 export type { ForkRequest } from './fork-request.js'
 export type { ExitStatus } from './linux/reaper.js'
 export type {
+  CanaryOptions,
   CrashOptions,
   LogLevel,
   PoolOptions,
@@ -28,18 +29,27 @@ export type {
   ReadyByPort,
   ReadyFunction,
   ReadyOption,
+  ReuseOptions,
   StdioOption,
   SupervisorOptions,
   TemplateOptions,
   TemplateView,
+  TrialCheck,
+  TrialOptions,
   WarmupByCommand,
   WarmupByFunction,
   WarmupByHttp,
   WarmupFunction,
   WarmupOption,
+  WorkerOptions,
 } from './options.js'
 export type { PoolState } from './pool.js'
+export type { ObservedChild, ReforkDecision, ReforkObservation } from './refork/observation.js'
+export type { ReforkFunction, ReforkSetting, ReforkThresholds, ReforkVerdict } from './refork/policy.js'
+export type { Refork } from './refork/refork.js'
 export {
+  type ReforkOptions,
+  type RollbackOptions,
   type StartOptions,
   type StartPhase,
   type StopOptions,

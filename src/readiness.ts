@@ -5,7 +5,7 @@ import { get as httpsGet } from 'node:https'
 import { connect } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { WarmforkError } from './errors.js'
-import { descendants, stat } from './linux/proc.js'
+import { TICK_MS, treeCpuMs } from './linux/proc.js'
 import type { Readiness, TemplateView } from './options.js'
 import { lastLines, quoted, type Template } from './template.js'
 
@@ -16,8 +16,6 @@ const ATTEMPT_MS = 5_000
 const LINE_CHARACTERS = 64 * 1024
 /** Share of one core below which a program counts as idle. */
 const IDLE_CPU = 0.05
-/** Of Linux on all its architectures, as seen through /proc. */
-const TICK_MS = 10
 
 /**
  * Resolves when the template is ready.
@@ -212,21 +210,17 @@ function isNewFile(path: string, startedAt: number): boolean {
 }
 
 async function idle(template: Template, idleMs: number, signal: AbortSignal): Promise<void> {
-  const samples: { at: number; ticks: number }[] = []
+  const samples: { at: number; cpuMs: number }[] = []
   for (;;) {
     const now = Date.now()
-    samples.push({ at: now, ticks: cpuTicks(template.pid) })
+    samples.push({ at: now, cpuMs: treeCpuMs(template.pid) })
     // Keep one sample that is as old as the window.
     while (samples.length > 1 && samples[1]!.at <= now - idleMs) samples.shift()
     const first = samples[0]!
     const elapsedMs = now - first.at
     // What nobody waited for takes its ticks with it: a change either way is a sign of life.
-    const usedMs = Math.abs(samples.at(-1)!.ticks - first.ticks) * TICK_MS
+    const usedMs = Math.abs(samples.at(-1)!.cpuMs - first.cpuMs)
     if (elapsedMs >= idleMs && usedMs <= elapsedMs * IDLE_CPU && now - template.lastOutputAt >= idleMs) return
     await sleep(Math.min(POLL_MS, idleMs), undefined, { signal })
   }
-}
-
-function cpuTicks(pid: number): number {
-  return [pid, ...descendants(pid)].reduce((sum, each) => sum + (stat(each)?.cpuTicks ?? 0), 0)
 }

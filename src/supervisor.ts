@@ -12,7 +12,6 @@ import { destination, type Logger, pino } from 'pino'
 import { AgentDesk } from './agents/desk.js'
 import { payloadValue } from './agents/protocol.js'
 import { CrashBackoff, isCrash } from './backoff.js'
-import { Canary } from './canary.js'
 import { Child, type ChildStats, type Resumption } from './child.js'
 import { Crew, type CrewState } from './crew.js'
 import { endTrees } from './ending.js'
@@ -27,11 +26,15 @@ import { type ResolvedOptions, resolveOptions, type SupervisorOptions } from './
 import { keptIdWarnings, pidWarnings, repeatWarnings } from './pid-sensitive.js'
 import { Pool, type PoolState } from './pool.js'
 import { untilReady } from './readiness.js'
-import { candidates, type Refork, reforkOneOf } from './refork.js'
+import { Canary } from './refork/canary.js'
+import { ReforkDriver } from './refork/driver.js'
+import type { ReforkDecision } from './refork/observation.js'
+import { ReforkPolicy } from './refork/policy.js'
+import { candidates, type Refork, reforkOneOf } from './refork/refork.js'
+import { tryGeneration } from './refork/trial.js'
 import { untilAtRest } from './rest.js'
 import { Succession } from './succession.js'
 import { Template } from './template.js'
-import { tryGeneration } from './trial.js'
 import { type Identity, resolveIdentity } from './user.js'
 import { warmUp } from './warmup.js'
 import { WorkerForks } from './worker-forks.js'
@@ -63,6 +66,8 @@ export interface SupervisorEvents {
   childExit: [child: Child, status: ExitStatus]
   /** A new generation was made, and forks come from it from now on. */
   generation: [generation: GenerationInfo]
+  /** The policy has decided for a refork, or against one for another reason than before. */
+  reforkDecision: [decision: ReforkDecision]
   /** A refork was made, and its generation passed its trial. */
   refork: [refork: Refork]
   /** A refork came to nothing: the generation before serves on. */
@@ -107,6 +112,8 @@ export interface SupervisorStats {
   readonly template: TemplateState | undefined
   /** The one that forks come from until it is unpinned, where one is pinned. */
   readonly pinned: number | undefined
+  /** What the policy of reforks decided last, and why; undefined where there is none. */
+  readonly reforkDecision: ReforkDecision | undefined
   readonly pool: PoolState
   readonly workers: { readonly size: number; readonly outdated: number }
   readonly children: readonly ChildStats[]
@@ -190,6 +197,10 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   #origin: SourceProcess | undefined
   #pool: Pool | undefined
   #crew: Crew | undefined
+  #driver: ReforkDriver | undefined
+  #decision: ReforkDecision | undefined
+  /** The generation in use: since when, and how many forks were made of it. */
+  #inUse = { sinceMs: 0, forks: 0 }
   readonly #canary: Canary
   /** What changes which generation is in use: one after the other. */
   readonly #changes = new PQueue({ concurrency: 1 })
@@ -440,6 +451,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       uptimeMs: Date.now() - this.#startedAt.getTime(),
       generation: this.generation,
       pinned: this.pinned,
+      reforkDecision: this.#decision,
       template: this.template,
       pool: this.pool,
       workers: { size: this.workers.size, outdated: this.workers.outdated },
@@ -491,6 +503,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     if (settings.afterCheckpoint === 'end') await template.end(settings.stopTimeoutMs)
     this.#succession = await this.#openSuccession()
     await this.#succession.switchTo(generation.number)
+    this.#inUse = { sinceMs: performance.now(), forks: 0 }
     signal.throwIfAborted()
     this.emit('generation', generation)
     this.#serveWorkers(template)
@@ -511,6 +524,48 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       },
     })
     await this.#phase('pool', () => Promise.all([this.#pool!.fill(), this.#crew!.start()]))
+    this.#driver = this.#openDriver()
+  }
+
+  /** Undefined where no refork is made but those that are asked for. */
+  #openDriver(): ReforkDriver | undefined {
+    const { refork } = this.#options
+    if (refork === false) return undefined
+    if (this.engine === 'spawn') {
+      this.#warn('refork', 'no refork is made, since the spawn engine starts each fork cold')
+      return undefined
+    }
+    const policy = new ReforkPolicy(refork)
+    return new ReforkDriver({
+      policy,
+      looksAtMemory: policy.looksAtMemory,
+      children: () => this.children,
+      generation: () => ({
+        ...this.#inUse,
+        number: this.generation,
+        reforks: this.#succession!.source!.generation.reforks,
+      }),
+      whyNot: () => {
+        if (this.#state !== 'running') return 'the supervisor does not run'
+        if (this.pinned !== undefined) return `generation ${this.pinned} is pinned`
+        return this.#reforking || this.#changes.pending > 0 ? 'a change of the generation is under way' : undefined
+      },
+      refork: (from, reason) => this.refork({ from, reason }),
+      onDecision: (decision) => this.#noteDecision(decision),
+      warn: (message, cause) => this.#warn('refork', message, cause),
+    })
+  }
+
+  #noteDecision(decision: ReforkDecision): void {
+    // Figures change each time: who wants to see each of them asks for the statistics.
+    const kind = ({ from, why }: ReforkDecision) => `${from} ${why.replace(/[\d.]+/g, '')}`
+    const isNews = this.#decision === undefined || kind(this.#decision) !== kind(decision)
+    this.#decision = decision
+    if (!isNews) return
+    this.#log.info(
+      decision.from === undefined ? `no refork: ${decision.why}` : `refork of child ${decision.from}: ${decision.why}`,
+    )
+    this.emit('reforkDecision', decision)
   }
 
   async #openSuccession(): Promise<Succession> {
@@ -601,6 +656,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   async #switchTo(number: number, isBad = false): Promise<GenerationInfo> {
     const generation = await this.#succession!.switchTo(number)
     this.#crashes.reset()
+    this.#inUse = { sinceMs: performance.now(), forks: 0 }
     this.#canary.watch(generation.reforks > 0 ? number : 0)
     this.#log.info(`generation=${number} is in use`)
     void this.#crew?.rollOut()
@@ -928,6 +984,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   #adopt(child: Child, ms: number): void {
     this.#children.add(child)
+    if (child.generation === this.generation) this.#inUse.forks++
     if (this.#canary.forked(child.generation)) this.#watch(child)
     if (this.#options.orphans === 'leave') for (const pid of child.sparedPids) this.#guard?.spare(pid)
     this.#log.info(`child pid=${child.pid} gen=${child.generation} forked ms=${ms.toFixed(1)}`)
@@ -1002,6 +1059,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         failures.push(error)
       }
     }
+    this.#driver?.close()
     await step(() => this.#crew?.close())
     await step(() => this.#pool?.close())
     while (this.#inFlight.size > 0) await Promise.all(this.#inFlight)

@@ -6,7 +6,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { describe, expect, test } from 'vitest'
 import type { Child } from '../src/child.js'
-import type { Refork } from '../src/refork.js'
+import type { Refork } from '../src/refork/refork.js'
 import { ENGINES, eventually, usePlace } from './engines-under-test.js'
 
 const HOST = '127.0.0.1'

@@ -167,6 +167,14 @@ export function descendants(root: number): number[] {
   return found
 }
 
+/** Of /proc on all architectures of Linux. */
+export const TICK_MS = 10
+
+/** CPU time that a process and all that descend from it have used, in milliseconds; of what has ended, what was waited for. */
+export function treeCpuMs(root: number): number {
+  return [root, ...descendants(root)].reduce((sum, pid) => sum + (stat(pid)?.cpuTicks ?? 0), 0) * TICK_MS
+}
+
 /** What the descriptors of a process lead to: paths, `pipe:[INODE]`, `anon_inode:[eventpoll]`. */
 export function openTargets(pid: number): string[] {
   let fds: string[]

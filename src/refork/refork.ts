@@ -2,11 +2,11 @@
  * One refork: a live child is chosen, brought to rest, checkpointed into a new generation and goes on; the generation is tried. It
  * knows children and an engine, and not what becomes of the generation.
  */
-import type { Child } from './child.js'
-import type { CheckpointOptions, Engine, GenerationInfo } from './engines/engine.js'
-import { type ErrorCode, WarmforkError } from './errors.js'
-import { Halt } from './halt.js'
-import { processTree } from './linux/proc.js'
+import type { Child } from '../child.js'
+import type { CheckpointOptions, Engine, GenerationInfo } from '../engines/engine.js'
+import { type ErrorCode, WarmforkError } from '../errors.js'
+import { Halt } from '../halt.js'
+import { processTree } from '../linux/proc.js'
 
 export interface ReforkSettings {
   readonly engine: Engine

@@ -2,7 +2,7 @@
  * Watches the first children of a new generation: where too many of them crash, the generation is bad, however it passed its trial.
  * It counts, and knows no processes.
  */
-import type { CanaryOptions } from './options.js'
+import type { CanaryOptions } from '../options.js'
 
 export class Canary {
   readonly #options: Required<CanaryOptions> | false

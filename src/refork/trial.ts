@@ -4,14 +4,14 @@
  * neither pools nor policies.
  */
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Child, Resumption } from './child.js'
-import type { Engine, ForkedProcess } from './engines/engine.js'
-import { WarmforkError } from './errors.js'
-import type { ExitStatus } from './linux/reaper.js'
-import type { Readiness, TrialCheck, TrialOptions } from './options.js'
-import { OUTPUT_TAIL_BYTES } from './pipes.js'
-import { untilReadyAgain } from './readiness.js'
-import { lastLines } from './template.js'
+import type { Child, Resumption } from '../child.js'
+import type { Engine, ForkedProcess } from '../engines/engine.js'
+import { WarmforkError } from '../errors.js'
+import type { ExitStatus } from '../linux/reaper.js'
+import type { Readiness, TrialCheck, TrialOptions } from '../options.js'
+import { OUTPUT_TAIL_BYTES } from '../pipes.js'
+import { untilReadyAgain } from '../readiness.js'
+import { lastLines } from '../template.js'
 
 export interface TrialSettings extends Required<Omit<TrialOptions, 'check'>> {
   readonly engine: Engine
