@@ -1,12 +1,14 @@
 /** The flags of `warmfork run`, and what they mean as options of a supervisor: one flag an option. It starts nothing. */
 import { type Command, InvalidArgumentError, Option } from 'commander'
-import type {
-  CrashOptions,
-  PoolOptions,
-  ReadyOption,
-  SupervisorOptions,
-  TemplateOptions,
-  WarmupOption,
+import {
+  badOption,
+  type CrashOptions,
+  type PoolOptions,
+  type ReadyOption,
+  type ReuseOptions,
+  type SupervisorOptions,
+  type TemplateOptions,
+  type WarmupOption,
 } from '../options.js'
 import { parseCount, parseDuration } from './quantities.js'
 import { collect, collectEnv } from './repeated.js'
@@ -60,6 +62,11 @@ export interface RunFlags {
   readonly crashDelayAfter?: number
   readonly crashGiveUpAfter?: number
   readonly orphans?: 'end' | 'leave'
+
+  readonly reuse?: boolean
+  readonly watch?: readonly string[]
+  readonly onMismatch?: 'cold' | 'error'
+  readonly verify?: 'later' | 'before'
 
   readonly store?: string
   readonly runtimeDirectory?: string
@@ -148,6 +155,11 @@ export function addRunFlags(command: Command): Command {
   add('--crash-give-up-after <n>', 'from so many crashes in a row on, forks are refused (default: 16)', parseCount)
   choose('--orphans <what>', 'what becomes of children without a supervisor (default: end)', ['end', 'leave'])
 
+  command.option('--reuse', 'begins with the newest generation on disk that fits, without a boot')
+  add('--watch <glob>', 'with --reuse: files whose changes forbid that (default: sources); may be repeated', collect)
+  choose('--on-mismatch <what>', 'with --reuse, where no generation fits (default: cold)', ['cold', 'error'])
+  choose('--verify <when>', 'with --reuse, when all of its memory is read (default: later)', ['later', 'before'])
+
   add('--store <directory>', 'the directory of the generations')
   add('--runtime-directory <directory>', 'the directory of the control sockets')
   choose('--log-level <level>', 'writes a log to stderr (default: silent)', [
@@ -221,6 +233,7 @@ export function supervisorOptions(command: readonly [string, ...string[]], flags
       agent: flags.agent === false ? false : undefined,
       hookTimeoutMs: flags.hookTimeout,
       orphans: flags.orphans,
+      reuse: reuse(flags),
       store: flags.store,
       runtimeDirectory: flags.runtimeDirectory,
       log: flags.logLevel,
@@ -243,6 +256,14 @@ function ready(flags: RunFlags): ReadyOption | undefined {
   if (readyIdle !== undefined) return { idleMs: readyIdle, ...timed }
   if (readyAgent) return { agent: true, ...timed }
   return flags.readyTimeout === undefined ? undefined : { idleMs: 1_000, ...timed }
+}
+
+/** @throws BAD_OPTION where something is said of a reuse that is not asked for */
+function reuse({ reuse: wanted, watch, onMismatch, verify }: RunFlags): SupervisorOptions['reuse'] {
+  const options = defined<ReuseOptions>({ watch, onMismatch, verify })
+  if (wanted) return options
+  if (Object.keys(options).length === 0) return undefined
+  throw badOption('--reuse', 'to be there beside `--watch`, `--on-mismatch` and `--verify`', undefined)
 }
 
 function warmup(flags: RunFlags): WarmupOption | undefined {

@@ -6,6 +6,7 @@ import { mkdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from 'n
 import { join } from 'node:path'
 import { AddressSpace } from './address-space.js'
 import { setDeathSignal } from './edits/death-signal.js'
+import { findVariable, type TextPlace } from './edits/environment.js'
 import { renumberGhosts } from './edits/ghosts.js'
 import {
   filesWithIds,
@@ -45,6 +46,7 @@ interface ProcessPages {
   pid: number
   pagesId: number
   places: (IdPlace & { offset: number })[]
+  texts: (TextPlace & { offset: number })[]
   /** The whole pages file, where it is small; else only the pages that hold ids, one after the other. */
   bytes: Buffer
   /** Set where the rest is taken from a parent image. */
@@ -75,6 +77,8 @@ export class ForkImage {
       replaced?: ReadonlyMap<string, string>
       /** Of where Unix sockets for datagrams are connected to: whether forks get those unconnected. */
       isUnreachable?: (address: Uint8Array) => boolean
+      /** A variable of the environment that forks have under another name, of the same length. */
+      variable?: { from: string; to: string } | undefined
     },
   ) {
     const set = ImageSet.read(directory)
@@ -84,9 +88,11 @@ export class ForkImage {
     this.processes = processes.map(({ pid, ppid, threads, stopped }) => ({ pid, ppid, threads: [...threads], stopped }))
     this.pids = processes.map(({ pid }) => pid)
     this.rootPid = this.pids[0]!
-    this.#pages = options.keepsIds
-      ? []
-      : processes.filter(({ dead }) => !dead).map((process) => loadPages(set, process))
+    const { keepsIds = false, variable } = options
+    this.#pages =
+      keepsIds && !variable
+        ? []
+        : processes.filter(({ dead }) => !dead).map((process) => loadPages(set, process, keepsIds, variable))
     if (options.deathSignal) setDeathSignal(set)
     if (options.replaced && options.replaced.size > 0) replaceFiles(set, options.replaced)
     if (options.isUnreachable) disconnectDatagrams(set, options.isUnreachable)
@@ -117,7 +123,7 @@ export class ForkImage {
   /** The pages that hold ids; and where those are not all, the parent image that has the others. */
   #addPages(
     set: ImageSet,
-    { pid, pagesId, places, bytes, parent }: ProcessPages,
+    { pid, pagesId, places, texts, bytes, parent }: ProcessPages,
     ids: FreshIds,
     files: Map<string, Uint8Array>,
     links: Map<string, string>,
@@ -127,6 +133,7 @@ export class ForkImage {
       if (width === 8) patched.writeBigUInt64LE(BigInt(ids.get(threadId)!), offset)
       else patched.writeInt32LE(ids.get(threadId)!, offset)
     }
+    for (const { offset, bytes: text } of texts) patched.set(text, offset)
     const pages = pagesFile(pagesId)
     files.set(pages, patched)
     if (!parent) return
@@ -137,14 +144,19 @@ export class ForkImage {
   }
 }
 
-function loadPages(set: ImageSet, process: ReturnType<ImageSet['processes']>[number]): ProcessPages {
+function loadPages(
+  set: ImageSet,
+  process: ReturnType<ImageSet['processes']>[number],
+  keepsIds: boolean,
+  variable: { from: string; to: string } | undefined,
+): ProcessPages {
   const memory = new AddressSpace(set, process.pid)
   try {
     const { pid } = process
     const { pagesId } = memory
-    const found = findIdPlaces(set, process, memory)
+    const { envStart, envEnd } = set.memory(pid)
     const path = join(set.directory, pagesFile(pagesId))
-    const located = found.map((place) => {
+    const located = <T extends { address: bigint }>(place: T) => {
       const offset = memory.offsetOf(place.address)
       if (offset === undefined)
         throw corrupt(
@@ -152,23 +164,22 @@ function loadPages(set: ImageSet, process: ReturnType<ImageSet['processes']>[num
           `it lacks the page at 0x${place.address.toString(16)}, which holds a thread id`,
         )
       return { ...place, offset }
-    })
-    if (statSync(path).size <= REWRITE_MAX_BYTES) return { pid, pagesId, places: located, bytes: readFileSync(path) }
-    return partialPages(memory, pid, pagesId, located)
+    }
+    const places = keepsIds ? [] : findIdPlaces(set, process, memory).map(located)
+    const texts = variable ? findVariable(memory, [envStart, envEnd], variable).map(located) : []
+    const found = { pid, pagesId, places, texts }
+    if (statSync(path).size <= REWRITE_MAX_BYTES) return { ...found, bytes: readFileSync(path) }
+    return partialPages(memory, found)
   } finally {
     memory.close()
   }
 }
 
-/** Only the pages that hold ids; all other runs are marked as the parent image's. */
-function partialPages(
-  memory: AddressSpace,
-  pid: number,
-  pagesId: number,
-  located: (IdPlace & { offset: number })[],
-): ProcessPages {
+/** Only the pages that hold what is changed; all other runs are marked as the parent image's. */
+function partialPages(memory: AddressSpace, found: Omit<ProcessPages, 'bytes' | 'parent'>): ProcessPages {
   const size = BigInt(PAGE)
-  const own = [...new Set(located.map(({ address }) => address & ~(size - 1n)))].sort((a, b) => (a < b ? -1 : 1))
+  const changed = [...found.places, ...found.texts].map(({ address }) => address & ~(size - 1n))
+  const own = [...new Set(changed)].sort((a, b) => (a < b ? -1 : 1))
   const bytes = Buffer.concat(own.map((page) => memory.read(page, PAGE)!))
   const runs: PageRun[] = []
   let next = 0
@@ -182,11 +193,11 @@ function partialPages(
     }
     if (at < run.end) runs.push({ start: at, end: run.end, offset: 0, flags: PAGEMAP_PARENT })
   }
-  const places = located.map((place) => ({
+  const located = <T extends { address: bigint }>(place: T) => ({
     ...place,
     offset: own.indexOf(place.address & ~(size - 1n)) * PAGE + Number(place.address % size),
-  }))
-  return { pid, pagesId, places, bytes, parent: { runs } }
+  })
+  return { ...found, places: found.places.map(located), texts: found.texts.map(located), bytes, parent: { runs } }
 }
 
 /** Writes a derived image into a new directory, mode 0700. `onPath` is called with what was made, for a change of owner. */

@@ -71,6 +71,8 @@ export interface CriuEngineOptions {
   runtimeDirectory: string
   /** Environment for criu itself; it carries the token by which the guard knows our processes. */
   env: Readonly<Record<string, string>>
+  /** The name of the variable with the token, which templates have too; forks of a generation of another supervisor get it in place of that one's. */
+  mark?: string
   registry: ProcessRegistry
   /** The user of templates and children, where it is not ours. */
   worker?: Worker
@@ -92,6 +94,8 @@ interface EngineData {
   terminal: InheritedTerminal[]
   /** Where forks connect Unix sockets for datagrams to: addresses as the kernel has them. */
   reconnected: number[][]
+  /** The variable that marks its processes as those of the supervisor that made it. */
+  mark?: string
 }
 
 /** Restorers kept started ahead: one for the next fork, one while that is being replaced. */
@@ -308,6 +312,7 @@ export class CriuEngine implements Engine {
         channels: data.channels.map((channel) => ({ ...channel, agent: { ...channel.agent } })),
         terminal: data.terminal.map((description) => ({ ...description })),
         reconnected: data.reconnected,
+        ...(this.#options.mark === undefined ? {} : { mark: this.#options.mark }),
         wiped: encodeWiped(wipedInside).map(({ pid, ranges }) => ({ pid, ranges })),
       },
       checkpointMs: frozenMs,
@@ -341,6 +346,7 @@ export class CriuEngine implements Engine {
         generation,
         ...this.#streamsAndListeners(generation, sockets.descriptors),
         ...(sockets.ports ? { ports: sockets.ports } : {}),
+        variable: this.#variableOf(generation),
         onClosed: () => {
           this.#sources.delete(source)
           sockets.letGo()
@@ -360,6 +366,12 @@ export class CriuEngine implements Engine {
       sockets.letGo()
       throw error
     }
+  }
+
+  #variableOf(generation: Generation): { from: string; to: string } | undefined {
+    const { mark: from } = generation.manifest.engineData as unknown as EngineData
+    const { mark: to } = this.#options
+    return from === undefined || to === undefined || from === to || from.length !== to.length ? undefined : { from, to }
   }
 
   /**

@@ -50,6 +50,8 @@ export interface SourceOptions {
   timeoutMs: number
   /** How many restorers are kept started ahead. */
   ahead: number
+  /** The variable by which the guard knows processes: that of the image, and ours. */
+  variable?: { from: string; to: string } | undefined
   /** See `ForkSource.ports`. */
   ports?: ReadonlyMap<number, number>
   /** Called once it is closed. */
@@ -195,6 +197,7 @@ export class CriuForkSource implements ForkSource {
       deathSignal,
       keepsIds: this.#keepsIds,
       replaced: this.#replaced,
+      variable: this.#options.variable,
       ...(this.#unreachable.size > 0 ? { isUnreachable: (address) => this.#unreachable.has(nameOf(address)) } : {}),
     })
   }
