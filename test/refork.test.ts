@@ -378,6 +378,34 @@ describe('a refork of a server', () => {
     expect((await client()('/')).status).toBe(200)
   })
 
+  test('is made by itself at its thresholds, with the reason, and not while a generation is pinned', async () => {
+    const supervisor = await serve({ workers: 1, refork: { after: [20, 30], jitter: 0, repeatLast: false } })
+    const decisions: string[] = []
+    supervisor.on('reforkDecision', ({ from, why }) => decisions.push(`${from} ${why}`))
+    const busy = async (generation: number, requests: number) => {
+      const get = client()
+      const worker = () => supervisor.workers.workers.find((one) => one.generation === generation)
+      await eventually(() => worker() !== undefined && supervisor.workers.outdated === 0, 'it serves')
+      for (let i = 0; i < requests; i++) await get('/')
+      return worker()!
+    }
+    const first = await busy(1, 20)
+    await eventually(() => supervisor.generation === 2, 'the first refork is made')
+    expect(supervisor.generations().at(-1)!.reason).toBe(
+      `child ${first.pid} has answered 20 requests, where 20 are its threshold`,
+    )
+    expect(decisions).toContain(`${first.pid} ${supervisor.generations().at(-1)!.reason}`)
+    await supervisor.pin(2)
+    await busy(2, 31)
+    await sleep(600)
+    expect(supervisor.generation).toBe(2)
+    await supervisor.unpin()
+    await eventually(() => supervisor.generation === 3, 'the second refork is made')
+    await busy(3, 31)
+    await eventually(() => /as many as there are thresholds/.test(decisions.at(-1)!), 'there are no more')
+    expect((await supervisor.stats()).reforkDecision!.from).toBeUndefined()
+  })
+
   test('ends with the supervisor in its middle, and with its child', async () => {
     const supervisor = await serve()
     const child = await supervisor.fork()

@@ -3,8 +3,8 @@
  * children no longer share. It keeps what it has seen, and nothing else.
  *
  * A refork that comes too early gives a generation that is hardly warmer, and a JIT compiler warms up for thousands of requests. So it
- * looks when the warmest child has answered 50 requests, 100, 200, 400 …; after each refork the first look is eight times later; and
- * but for the very first refork it waits until the child has stopped to become faster.
+ * looks when the warmest child has answered 50 requests, 100, 200, 400 …; after each refork the first look is eight times later; and where
+ * the gain is not great it waits until the child has stopped to become faster.
  */
 import { type ObservedChild, type ReforkDecision, type ReforkObservation, warmestOf } from './observation.js'
 
@@ -12,9 +12,9 @@ import { type ObservedChild, type ReforkDecision, type ReforkObservation, warmes
 const FRESH_REQUESTS = 50
 /** A request of a fresh child has to cost this many times as much as one of the warmest. Below lies what a busy machine makes of it. */
 const GAIN = 1.2
-/** So much gain is taken at once, without waiting for more: the first children of a cold program are far from warm. */
+/** So much gain is taken at once, without waiting for more. */
 const GREAT_GAIN = 1.5
-/** One that still becomes cheaper by this share from look to look becomes warmer yet. */
+/** Where the last half of a child's requests cost less than this share of the quarter before it, it becomes warmer yet. */
 const IMPROVING = 0.9
 /** How many times later the first look is after each refork, and the latest. */
 const SPARSER = 8
@@ -52,7 +52,6 @@ export class AutoPolicy {
   /** Children of the generation in use. */
   #seen = new Map<number, Seen>()
   #lookAt = FRESH_REQUESTS
-  #costAtLastLook: Cost | undefined
   #last = 'nothing was measured yet'
   /** Private bytes of a child for each request, when a refork was made for memory. */
   #driftBefore: number | undefined
@@ -68,7 +67,7 @@ export class AutoPolicy {
       const soon = `the next look is at ${this.#lookAt} requests of a child, the busiest has answered ${warmest.requests}`
       return { from: undefined, why: `${this.#last}; ${soon}` }
     }
-    const decision = this.#look(warmest, reforks, children)
+    const decision = this.#look(warmest, children)
     this.#last = decision.why
     while (this.#lookAt <= warmest.requests) this.#lookAt *= 2
     return decision
@@ -78,7 +77,6 @@ export class AutoPolicy {
     this.#generation = generation
     this.#seen = new Map()
     this.#lookAt = Math.min(LATEST_FIRST_LOOK, FRESH_REQUESTS * SPARSER ** reforks)
-    this.#costAtLastLook = undefined
   }
 
   #note(children: readonly ObservedChild[]): void {
@@ -87,12 +85,11 @@ export class AutoPolicy {
     for (const { pid, requests, requestMs, cpuMs } of children) {
       let seen = this.#seen.get(pid)
       const last = seen?.samples.at(-1)
-      // An id that was given again, to another child.
-      if (!seen || (last && requests < last.requests)) {
-        seen = {
-          samples: [{ requests: 0, requestMs: requestMs === undefined ? undefined : 0, cpuMs }],
-          fresh: undefined,
-        }
+      // Before its first request, or of an id that was given again.
+      if (!seen || requests === 0 || (last && requests < last.requests)) {
+        const idle = { requests: 0, requestMs: requestMs === undefined && requests > 0 ? undefined : 0 }
+        // One that was seen for the first time in its work began at its fork with next to nothing.
+        seen = { samples: [{ ...idle, cpuMs: requests === 0 ? cpuMs : 0 }], fresh: undefined }
         this.#seen.set(pid, seen)
       }
       if (requests === seen.samples.at(-1)!.requests) continue
@@ -104,28 +101,27 @@ export class AutoPolicy {
     }
   }
 
-  #look(warmest: ObservedChild, reforks: number, children: readonly ObservedChild[]): ReforkDecision {
+  #look(warmest: ObservedChild, children: readonly ObservedChild[]): ReforkDecision {
     const { samples } = this.#seen.get(warmest.pid)!
     const now = samples.at(-1)!
-    // Its last half, or what comes nearest: long enough for an average, and young.
-    const from = samples.findLast(
-      ({ requests }) => requests <= Math.min(now.requests / 2, now.requests - FRESH_REQUESTS),
-    )
-    const warm = from && costBetween(from, now)
+    const at = (most: number) => samples.findLast(({ requests }) => requests <= most)
+    // Its last half: long enough for an average, and young. And the quarter before, to see whether it becomes faster yet.
+    const half = at(Math.min(now.requests / 2, now.requests - FRESH_REQUESTS))
+    const quarter = at((half?.requests ?? 0) / 2)
+    const warm = half && costBetween(half, now)
+    const before = half && quarter && half.requests - quarter.requests > 0 ? costBetween(quarter, half) : undefined
     const fresh = medianCost([...this.#seen.values()].flatMap((seen) => seen.fresh ?? []))
     const drift = this.#drift(warmest, children)
     if (drift) return { from: warmest.pid, why: drift }
     const not = (why: string): ReforkDecision => ({ from: undefined, why })
     if (!warm || !fresh) return not(`child ${warmest.pid} has answered too few requests to compare`)
-    const before = this.#costAtLastLook
-    this.#costAtLastLook = warm
     const gain = gainOf(fresh, warm)
     if (!gain) return not(`the requests of child ${warmest.pid} cost too little to be measured`)
     const seen = `a request costs a fresh child ${gain.times.toFixed(2)} times what it costs child ${warmest.pid} after ${now.requests} (${gain.what}: ${gain.fresh.toFixed(2)} and ${gain.warm.toFixed(2)} ms)`
     if (gain.times < GAIN) return not(`${seen}: that does not pay`)
     const progress = before && gainOf(before, warm)
     const isImproving = !progress || 1 / progress.times < IMPROVING
-    if (isImproving && !(reforks === 0 && gain.times >= GREAT_GAIN)) return not(`${seen}, and it still becomes faster`)
+    if (isImproving && gain.times < GREAT_GAIN) return not(`${seen}, and it still becomes faster`)
     return { from: warmest.pid, why: seen }
   }
 
