@@ -260,7 +260,7 @@ export interface CanaryOptions {
 export interface ReuseOptions {
   /**
    * The application's own files, as globs relative to `cwd`, `!` before those that are left out: where one was changed, added or removed
-   * since the program read them, the generation is not used. Files that the command names are watched in any case.
+   * since the program read them, the generation is not used. The first file that the command names is watched in any case.
    * @default Source and configuration by their usual names, but for `node_modules`, `vendor` and the like
    */
   watch?: readonly string[]

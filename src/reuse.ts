@@ -2,14 +2,22 @@
  * Which generation on disk a supervisor can begin with, in place of a boot: pinned first, else the newest that fits. It knows what
  * engines say of their generations, what was decided about them and what files are watched; it opens none and forks nothing.
  */
-import { accessSync, constants, realpathSync } from 'node:fs'
+import { accessSync, constants, realpathSync, statSync } from 'node:fs'
 import { delimiter, join, resolve } from 'node:path'
 import { PROTOCOL_VERSION } from './agents/protocol.js'
 import type { Candidate } from './engines/engine.js'
 import { WarmforkError } from './errors.js'
 import type { WatchedSource } from './generations/surroundings.js'
 import type { ResolvedOptions } from './options.js'
-import { changes, DEFAULT_GLOBS, decodeWatched, encodeWatched, type WatchedFiles, watchedFiles } from './watch.js'
+import {
+  changes,
+  changeWords,
+  DEFAULT_GLOBS,
+  decodeWatched,
+  encodeWatched,
+  type WatchedFiles,
+  watchedFiles,
+} from './watch.js'
 
 /** A generation that cannot be used, and why: each reason a phrase. */
 export interface Misfit {
@@ -72,12 +80,22 @@ function programOf(name: string, cwd: string, path = '/usr/local/bin:/usr/bin:/b
  * @throws BAD_OPTION
  */
 export async function watch(
-  { command, cwd, reuse }: ResolvedOptions,
+  { command, cwd, reuse, store, runtimeDirectory }: ResolvedOptions,
   known: WatchedFiles | undefined,
   signal: AbortSignal,
 ): Promise<Watched> {
   const globs = reuse ? (reuse.watch ?? DEFAULT_GLOBS) : []
-  const files = await watchedFiles({ cwd, globs, files: command.slice(1), ...(known ? { known } : {}), signal })
+  // What a command names first is its script, as a rule; after it come files that a program may write.
+  const script = command.slice(1).find((word) => statSync(resolve(cwd, word), { throwIfNoEntry: false })?.isFile())
+  const except = [store, runtimeDirectory]
+  const files = await watchedFiles({
+    cwd,
+    globs,
+    files: script ? [script] : [],
+    except,
+    ...(known ? { known } : {}),
+    signal,
+  })
   return { globs, files }
 }
 
@@ -133,7 +151,7 @@ function watchReasons(watched: WatchedSource | undefined, now: Watched): string[
     return [`the globs of watched files were ${JSON.stringify(watched.globs)} and are ${JSON.stringify(now.globs)} now`]
   }
   const files = filesOf(watched)
-  return files ? changes(files, now.files) : ['what it says of watched files is damaged']
+  return files ? changeWords(changes(files, now.files)) : ['what it says of watched files is damaged']
 }
 
 /** Most generations that are told of, the newest. */

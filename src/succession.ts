@@ -114,6 +114,22 @@ export class Succession {
     await this.#options.verdicts?.reject(number, reason)
   }
 
+  /** Whether it passed its trial; one of an engine that keeps nothing needs none. */
+  isApproved(number: number): boolean {
+    return this.#options.verdicts?.isApproved(number) ?? true
+  }
+
+  /** There is no generation in use any more, until the next switch. */
+  async leave(): Promise<void> {
+    const current = this.#current
+    this.#current = undefined
+    if (current && !current.isOver) {
+      current.isOver = true
+      if (current.users === 0) this.#close(current)
+    }
+    await Promise.all(this.#closing)
+  }
+
   /** It passed its trial. */
   async approve(number: number): Promise<void> {
     await this.#options.verdicts?.approve(number)

@@ -33,6 +33,7 @@ import { ReforkPolicy } from './refork/policy.js'
 import { candidates, type Refork, reforkOneOf } from './refork/refork.js'
 import { tryGeneration } from './refork/trial.js'
 import { untilAtRest } from './rest.js'
+import type { Watched } from './reuse.js'
 import { Succession } from './succession.js'
 import { Template } from './template.js'
 import { type Identity, resolveIdentity } from './user.js'
@@ -41,14 +42,17 @@ import { WorkerForks } from './worker-forks.js'
 
 export type SupervisorState = 'starting' | 'running' | 'stopping' | 'stopped'
 
-/** The steps of a start, in order. `rest` waits for the template to have nothing in hand, `pool` for the first parked children. */
-export type StartPhase = 'boot' | 'ready' | 'warmup' | 'rest' | 'checkpoint' | 'pool'
+/**
+ * The steps of a start, in order. `reuse` looks for a generation to begin with (with the option of that name): those up to `checkpoint`
+ * are left out where there is one. `rest` waits for the template to have nothing in hand, `pool` for the first parked children.
+ */
+export type StartPhase = 'reuse' | 'boot' | 'ready' | 'warmup' | 'rest' | 'checkpoint' | 'pool'
 
 /** Something that goes on working, but not as the user may think. */
 export interface Warning {
   /**
    * Names the kind: `agent`, `engine-spawn`, `no-guard`, `generation`, `hooks`, `identity`, `refill-failed`, `repeats`, `stray-resume`,
-   * `parked-ended`, `crashes`, `refork`, `rollback`, `rollout`, `worker`, `prune`, `stop-failed`.
+   * `parked-ended`, `crashes`, `refork`, `reuse`, `rollback`, `rollout`, `worker`, `prune`, `stop-failed`.
    */
   readonly kind: string
   /** What is the case, why, and what to do. */
@@ -193,6 +197,10 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   #succession: Succession | undefined
   #agents: AgentDesk | undefined
   #workerForks: WorkerForks | undefined
+  /** The application's own files before the boot, where they are watched. */
+  #watched: Watched | undefined
+  /** The first fork of a restart, which shows that there can be some. */
+  #spare: Child | undefined
   /** What the first checkpoint was taken of. */
   #origin: SourceProcess | undefined
   #pool: Pool | undefined
@@ -471,7 +479,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   }
 
   async #start(): Promise<void> {
-    const { command, template: settings, ready, warmup, pool } = this.#options
+    const { pool } = this.#options
     const signal = this.#over.signal
     this.#identity = await resolveIdentity(this.#options.user, this.#options.group)
     signal.throwIfAborted()
@@ -479,34 +487,21 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     signal.throwIfAborted()
     this.#engine = await this.#openEngine()
     signal.throwIfAborted()
+    await this.#waitForEarlier()
     this.#agents = await this.#openAgents()
     signal.throwIfAborted()
 
-    const template = await this.#phase('boot', async () => {
-      this.#template = await this.#startTemplate()
-      return this.#template
-    })
-    template.on('output', (stream, chunk) => this.emit('templateOutput', stream, chunk))
-    await this.#phase('ready', () => untilReady(template, ready, command, signal))
-    this.#readyMs = Date.now() - template.startedAt
-    this.#log.info(`template=${this.name} pid=${template.pid} ready ms=${this.#readyMs}`)
-    if (warmup) await this.#phase('warmup', () => warmUp(template, warmup, this.#warmupSurroundings(), signal))
-    // A cold start carries nothing over that could be in hand.
-    if (this.#engine.name !== 'spawn') {
-      await this.#phase('rest', () => untilAtRest(template, command, settings.restTimeoutMs, signal))
-    }
-    const generation = await this.#phase('checkpoint', () => this.#checkpoint(template))
-    template.exited.then((status) => {
-      this.#log.info(`template=${this.name} pid=${template.pid} exited ${statusWords(status)}`)
-      this.emit('templateExit', status)
-    })
-    if (settings.afterCheckpoint === 'end') await template.end(settings.stopTimeoutMs)
     this.#succession = await this.#openSuccession()
-    await this.#succession.switchTo(generation.number)
+    const { reuse } = this.#options
+    if (reuse !== false && this.engine === 'spawn') {
+      this.#warn('reuse', 'the program is booted, since the spawn engine leaves nothing on disk')
+    }
+    const canReuse = reuse !== false && this.engine === 'criu'
+    const isReused = canReuse && (await this.#phase('reuse', () => this.#restart(reuse)))
+    if (!isReused) await this.#boot()
     this.#inUse = { sinceMs: performance.now(), forks: 0 }
     signal.throwIfAborted()
-    this.emit('generation', generation)
-    this.#serveWorkers(template)
+    this.#serveWorkers(this.#template)
     this.#pool = new Pool({
       ...pool,
       make: () => this.#make(),
@@ -524,7 +519,91 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       },
     })
     await this.#phase('pool', () => Promise.all([this.#pool!.fill(), this.#crew!.start()]))
+    await this.#endSpare()
     this.#driver = this.#openDriver()
+  }
+
+  /** Boots the template and takes the first generation of it. */
+  async #boot(): Promise<void> {
+    const { command, template: settings, ready, warmup } = this.#options
+    const signal = this.#over.signal
+    const template = await this.#phase('boot', async () => {
+      this.#template = await this.#startTemplate()
+      return this.#template
+    })
+    template.on('output', (stream, chunk) => this.emit('templateOutput', stream, chunk))
+    await this.#phase('ready', () => untilReady(template, ready, command, signal))
+    this.#readyMs = Date.now() - template.startedAt
+    this.#log.info(`template=${this.name} pid=${template.pid} ready ms=${this.#readyMs}`)
+    if (warmup) await this.#phase('warmup', () => warmUp(template, warmup, this.#warmupSurroundings(), signal))
+    // A cold start carries nothing over that could be in hand.
+    if (this.#engine!.name !== 'spawn') {
+      await this.#phase('rest', () => untilAtRest(template, command, settings.restTimeoutMs, signal))
+    }
+    const generation = await this.#phase('checkpoint', () => this.#checkpoint(template))
+    template.exited.then((status) => {
+      this.#log.info(`template=${this.name} pid=${template.pid} exited ${statusWords(status)}`)
+      this.emit('templateExit', status)
+    })
+    if (settings.afterCheckpoint === 'end') await template.end(settings.stopTimeoutMs)
+    await this.#succession!.switchTo(generation.number)
+    signal.throwIfAborted()
+    this.emit('generation', generation)
+  }
+
+  /** Begins with a generation on disk; false where there is none that can be used. */
+  async #restart(reuse: Exclude<ResolvedOptions['reuse'], false>): Promise<boolean> {
+    const signal = this.#over.signal
+    const [{ restart }, { bakedOptions, watch }] = await Promise.all([import('./restart.js'), import('./reuse.js')])
+    const { command, cwd, ready, trial } = this.#options
+    const uid = this.#identity?.uid ?? process.getuid?.() ?? 0
+    const gid = this.#identity?.gid ?? process.getgid?.() ?? 0
+    const declaredEnv = this.#declared(await this.#environment())
+    const circumstances = { command, cwd, uid, gid, declaredEnv, options: bakedOptions(this.#options) }
+    this.#origin = { ...circumstances, pid: 0, stdioInodes: [0n, 0n, 0n], channels: [] }
+    const { generation, others, watched } = await restart({
+      engine: this.#engine!,
+      succession: this.#succession!,
+      reuse,
+      circumstances,
+      watch: (known) => watch(this.#options, known, signal),
+      tryOut: async (number) => {
+        const resumption = { input: { env: this.#agents!.secrets } }
+        const childOf = (forked: ForkedProcess) => this.#childOf(forked)
+        await tryGeneration(number, { ...trial, engine: this.#engine!, ready, resumption, signal, childOf })
+        await this.#succession!.approve(number)
+      },
+      firstFork: async () => {
+        this.#requireSecretsTaker(this.#succession!.source!.channels)
+        this.#spare = await this.#make()
+      },
+      warn: (message, cause) => this.#warn('reuse', message, cause),
+    })
+    this.#watched = watched
+    if (generation === undefined) return false
+    this.#log.info(`generation=${generation} is in use, without a boot`)
+    this.#canary.watch(this.#succession!.source!.generation.reforks > 0 ? generation : 0)
+    for (const warning of this.#succession!.source!.generation.warnings) this.#warn('generation', warning)
+    if (reuse.verify === 'later') this.#verifyLater(generation, others)
+    return true
+  }
+
+  /** Reads what the start has believed: forks do not wait for it. */
+  #verifyLater(number: number, others: readonly number[]): void {
+    const signal = this.#over.signal
+    const verified = sleep(VERIFY_DELAY_MS, undefined, { signal, ref: false })
+      .then(() => this.#engine!.verify!(number, 'wholly', signal))
+      .catch(async (error: unknown) => {
+        if (signal.aborted || (error as WarmforkError).code !== 'GENERATION_CORRUPT') return
+        const { happened } = error as WarmforkError
+        this.#warn('reuse', `generation ${number} is damaged, and no more forks are made of it: ${happened}`, error)
+        await this.#succession!.reject(number, happened)
+        if (number !== this.generation || others.length === 0) return
+        await this.rollback({ to: others[0]!, reason: happened })
+      })
+      .catch((error) => this.#warn('reuse', `no other generation could be used either: ${error}`, error))
+    this.#inFlight.add(verified)
+    void verified.then(() => this.#inFlight.delete(verified))
   }
 
   /** Undefined where no refork is made but those that are asked for. */
@@ -566,6 +645,20 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       decision.from === undefined ? `no refork: ${decision.why}` : `refork of child ${decision.from}: ${decision.why}`,
     )
     this.emit('reforkDecision', decision)
+  }
+
+  /** A supervisor of this name that was killed: its guard may still be ending what it made. */
+  async #waitForEarlier(): Promise<void> {
+    if (this.engine !== 'criu') return
+    const { noteSupervisor, untilEarlierIsGone } = await import('./guard/earlier.js')
+    const directory = join(this.store, this.name)
+    await untilEarlierIsGone(directory, this.#over.signal)
+    noteSupervisor(directory, this.#token)
+  }
+
+  async #forgetNote(): Promise<void> {
+    const { forgetSupervisor } = await import('./guard/earlier.js')
+    forgetSupervisor(join(this.store, this.name), this.#token)
   }
 
   async #openSuccession(): Promise<Succession> {
@@ -735,6 +828,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         store,
         runtimeDirectory: this.#directory,
         env: { PATH: process.env.PATH ?? '/usr/sbin:/usr/bin:/sbin:/bin', [this.#mark]: '1' },
+        mark: this.#mark,
         registry: this.#guard!,
         ...(this.#identity ? { worker: this.#identity } : {}),
         deathSignal: orphans === 'end',
@@ -774,16 +868,14 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   }
 
   async #startTemplate(stdio?: StdioFds): Promise<Template> {
-    const { command, cwd, declaredEnv } = this.#options
+    const { command, cwd } = this.#options
     const env = await this.#environment()
     const template = await Template.start(
       {
         command,
         cwd,
         env,
-        declaredEnv: Object.fromEntries(
-          declaredEnv.flatMap((key) => (env[key] === undefined ? [] : [[key, env[key]]])),
-        ),
+        declaredEnv: this.#declared(env),
         identity: this.#identity,
         tty: this.#options.template.tty,
       },
@@ -793,6 +885,11 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     this.#agents?.expect(template)
     template.exited.then(() => this.#guard?.forget(template.pid))
     return template
+  }
+
+  #declared(env: Readonly<Record<string, string>>): Record<string, string> {
+    const keys = this.#options.declaredEnv
+    return Object.fromEntries(keys.flatMap((key) => (env[key] === undefined ? [] : [[key, env[key]]])))
   }
 
   async #environment(): Promise<Record<string, string>> {
@@ -823,11 +920,12 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     let generation: GenerationInfo
     const agents = this.engine === 'criu' ? template.agents : undefined
     await this.#agents?.heard(template)
+    const about = await this.#aboutSource()
     for (const warning of (await agents?.park('template', this.#options.hookTimeoutMs)) ?? [])
       this.#warn('agent', warning)
     let failure: unknown
     try {
-      const source = template.source()
+      const source = { ...template.source(), ...about }
       this.#checkAgents(source)
       this.#origin = source
       generation = await this.#engine!.checkpoint(source, {
@@ -848,6 +946,21 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     return generation
   }
 
+  /** What a later supervisor must know of the template to use a generation of it. */
+  async #aboutSource(): Promise<Pick<SourceProcess, 'options' | 'watched'>> {
+    if (this.engine !== 'criu') return {}
+    const { asSource, bakedOptions, watch } = await import('./reuse.js')
+    const options = bakedOptions(this.#options)
+    const before = this.#watched
+    if (!before) return { options }
+    const { changes, changeWords, withUnknown } = await import('./watch.js')
+    const found = changes(before.files, (await watch(this.#options, before.files, this.#over.signal)).files)
+    if (found.length === 0) return { options, watched: asSource(before) }
+    const words = changeWords(found).join(', ')
+    this.#warn('reuse', `watched files changed during the boot, and no later start uses this generation: ${words}`)
+    return { options, watched: asSource({ ...before, files: withUnknown(before.files, found) }) }
+  }
+
   #noteGeneration(generation: GenerationInfo): void {
     this.#generations.push(generation)
     // The last ones are enough: a supervisor can run for years.
@@ -864,18 +977,27 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
    * @throws NEEDS_AGENT where there are secrets to be handed over
    */
   #checkAgents(source: SourceProcess): void {
-    const parked = new Set(source.channels.flatMap(({ pid, agent }) => (agent.parked ? [pid] : [])))
+    const parked = this.#requireSecretsTaker(source.channels)
+    if (this.engine !== 'criu') return
+    const isFresh = this.#options.identity === 'fresh'
+    const warnings = isFresh ? pidWarnings(source.pid, parked) : keptIdWarnings(source.pid, parked)
+    for (const message of warnings) this.#warn('identity', message)
+    for (const message of repeatWarnings(source.pid, parked)) this.#warn('repeats', message)
+  }
+
+  /**
+   * @returns the ids of the processes whose agents wait for what a fork is given
+   * @throws NEEDS_AGENT where there are secrets to be handed over, and nobody to take them
+   */
+  #requireSecretsTaker(channels: SourceProcess['channels']): Set<number> {
+    const parked = new Set(channels.flatMap(({ pid, agent }) => (agent.parked ? [pid] : [])))
     if (Object.keys(this.#agents?.secrets ?? {}).length > 0 && parked.size === 0) {
       throw new WarmforkError('NEEDS_AGENT', {
         tried: 'withhold `template.secrets` from the template',
         happened: `${this.#whyNoAgent ?? 'its program runs no agent'}, and nobody could hand them to its forks`,
       })
     }
-    if (this.engine !== 'criu') return
-    const isFresh = this.#options.identity === 'fresh'
-    const warnings = isFresh ? pidWarnings(source.pid, parked) : keptIdWarnings(source.pid, parked)
-    for (const message of warnings) this.#warn('identity', message)
-    for (const message of repeatWarnings(source.pid, parked)) this.#warn('repeats', message)
+    return parked
   }
 
   /** Undefined where forks can be given something. */
@@ -901,7 +1023,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   }
 
   /** Serves what programs ask for through their agents. */
-  #serveWorkers(template: Template): void {
+  #serveWorkers(template: Template | undefined): void {
     const { memory, descriptors, checkpointTimeoutMs, hookTimeoutMs, template: settings } = this.#options
     this.#workerForks = new WorkerForks({
       engine: this.#engine!,
@@ -919,8 +1041,8 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       },
       warn: (message, cause) => this.#warn('agent', message, cause),
     })
+    if (!template?.agents || settings.afterCheckpoint === 'end') return
     const { agents } = template
-    if (!agents || settings.afterCheckpoint === 'end') return
     agents.on('request', (request) => {
       if (request.type === 'message' && request.to === undefined)
         this.emit('templateMessage', payloadValue(request.data))
@@ -931,6 +1053,13 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   /** A parked child. */
   async #make(stdio?: StdioFds): Promise<Child> {
+    const spare = this.#spare
+    if (!stdio && spare) {
+      this.#spare = undefined
+      if (spare.state === 'parked' && spare.generation === this.generation) return spare
+      await spare.end({ graceMs: 0 })
+      spare.close()
+    }
     for (;;) {
       const forked = await this.#succession!.fork({ ...(stdio ? { stdio } : {}), signal: this.#over.signal })
       const child = this.#childOf(forked)
@@ -939,6 +1068,14 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       await child.end({ graceMs: 0 })
       child.close()
     }
+  }
+
+  /** Where nobody took the first fork of a restart. */
+  async #endSpare(): Promise<void> {
+    const spare = this.#spare
+    this.#spare = undefined
+    await spare?.end({ graceMs: 0 })
+    spare?.close()
   }
 
   #childOf(forked: ForkedProcess): Child {
@@ -1062,6 +1199,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     this.#driver?.close()
     await step(() => this.#crew?.close())
     await step(() => this.#pool?.close())
+    await step(() => this.#endSpare())
     while (this.#inFlight.size > 0) await Promise.all(this.#inFlight)
     const leave = this.#options.orphans === 'leave'
     const ending = [
@@ -1080,6 +1218,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     // It ends what is left, and removes our directory.
     await step(() => this.#guard?.end())
     await step(() => this.#engine?.settled?.())
+    if (this.#engine?.name === 'criu') await step(() => this.#forgetNote())
     this.#removeDirectories()
     clearInterval(this.#keepAlive)
     this.#state = 'stopped'
@@ -1125,6 +1264,9 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     return new WarmforkError('STOPPED', { tried, happened: 'the supervisor was stopped' })
   }
 }
+
+/** First the children that were waited for. */
+const VERIFY_DELAY_MS = 1_000
 
 /** How many generations are remembered. */
 const MOST_GENERATIONS = 1_000

@@ -7,7 +7,7 @@ import { type BigIntStats, statSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { isAbsolute, relative, resolve } from 'node:path'
 import PQueue from 'p-queue'
-import { glob } from 'tinyglobby'
+import { escapePath, glob } from 'tinyglobby'
 import { errnoOf, WarmforkError } from './errors.js'
 import { fileChecksum } from './generations/checksum.js'
 
@@ -51,6 +51,8 @@ export interface WatchOptions {
   readonly globs: readonly string[]
   /** Files beside those of the globs, relative to `cwd` or absolute; those that are not there are left out. */
   readonly files?: readonly string[]
+  /** Directories that are left out whatever the globs say, absolute. */
+  readonly except?: readonly string[]
   /** What was known of some of them before: files that were not touched since are not read again. */
   readonly known?: WatchedFiles
   readonly limits?: WatchLimits
@@ -99,12 +101,12 @@ export async function watchedFiles(options: WatchOptions): Promise<WatchedFiles>
   return new Map([...found].sort(([a], [b]) => (a < b ? -1 : 1)))
 }
 
-async function pathsOf({ cwd, globs, files = [], limits, signal }: WatchOptions): Promise<string[]> {
+async function pathsOf({ cwd, globs, files = [], except = [], limits, signal }: WatchOptions): Promise<string[]> {
   const late = AbortSignal.timeout(limits?.timeoutMs ?? 30_000)
   const found = new Set<string>()
   for (const file of files) {
     const path = relative(cwd, resolve(cwd, file))
-    const name = path.startsWith('..') || isAbsolute(path) ? resolve(cwd, file) : path
+    const name = isBelow(path) ? path : resolve(cwd, file)
     if (look(resolve(cwd, file))) found.add(name)
   }
   if (globs.length === 0) return [...found].sort()
@@ -112,6 +114,9 @@ async function pathsOf({ cwd, globs, files = [], limits, signal }: WatchOptions)
     const matched = await glob([...globs], {
       cwd,
       dot: false,
+      ignore: except
+        .map((path) => relative(cwd, path))
+        .flatMap((path) => (isBelow(path) ? `${escapePath(path)}/**` : [])),
       onlyFiles: true,
       expandDirectories: false,
       signal: signal ? AbortSignal.any([signal, late]) : late,
@@ -124,6 +129,8 @@ async function pathsOf({ cwd, globs, files = [], limits, signal }: WatchOptions)
   }
   return [...found].sort()
 }
+
+const isBelow = (path: string) => path !== '' && path !== '..' && !path.startsWith('../') && !isAbsolute(path)
 
 async function readWatched(path: string, stats: BigIntStats, settledMs: number): Promise<WatchedFile | undefined> {
   const readAt = BigInt(Date.now()) * 1_000_000n
@@ -159,20 +166,42 @@ function traceOf({ ino, size, mtimeNs, ctimeNs }: BigIntStats): string {
   return [ino, size, mtimeNs, ctimeNs].map((number) => number.toString(36)).join('.')
 }
 
+/** How a file differs between two looks. */
+export interface WatchedChange {
+  readonly path: string
+  readonly how: 'added' | 'changed' | 'removed'
+}
+
+export function changes(before: WatchedFiles, now: WatchedFiles): WatchedChange[] {
+  const found: WatchedChange[] = []
+  for (const [path, { sha256 }] of now) {
+    const earlier = before.get(path)
+    if (!earlier) found.push({ path, how: 'added' })
+    else if (earlier.sha256 !== sha256) found.push({ path, how: 'changed' })
+  }
+  for (const path of before.keys()) if (!now.has(path)) found.push({ path, how: 'removed' })
+  return found
+}
+
 /** Most that are named; the others are counted. */
 const MOST_NAMED = 5
 
-/** Each difference as a phrase, the first few of them; empty where there is none. */
-export function changes(before: WatchedFiles, now: WatchedFiles): string[] {
-  const found: string[] = []
-  for (const [path, { sha256 }] of now) {
-    const earlier = before.get(path)
-    if (!earlier) found.push(`${path} was added`)
-    else if (earlier.sha256 !== sha256) found.push(`${path} was changed`)
-  }
-  for (const path of before.keys()) if (!now.has(path)) found.push(`${path} was removed`)
-  if (found.length <= MOST_NAMED) return found
-  return [...found.slice(0, MOST_NAMED), `and ${found.length - MOST_NAMED} more`]
+/** Changes as phrases, the first few of them; empty where there is none. */
+export function changeWords(found: readonly WatchedChange[]): string[] {
+  const told = found.slice(0, MOST_NAMED).map(({ path, how }) => `${path} was ${how}`)
+  return found.length > MOST_NAMED ? [...told, `and ${found.length - MOST_NAMED} more`] : told
+}
+
+/** Of no content. */
+const UNKNOWN = '0'.repeat(64)
+
+/**
+ * Files of which a program may have read any of two contents, since they changed while it was booted: no content that they have later is
+ * the one that is known to have been read.
+ */
+export function withUnknown(files: WatchedFiles, changed: readonly WatchedChange[]): WatchedFiles {
+  const unknown = changed.map(({ path }) => [path, { bytes: 0, sha256: UNKNOWN }] as const)
+  return new Map([...files, ...unknown].sort(([a], [b]) => (a < b ? -1 : 1)))
 }
 
 /** As one text, to be kept: a line for each file. */

@@ -2,7 +2,17 @@ import { mkdirSync, mkdtempSync, rmSync, statSync, symlinkSync, utimesSync, writ
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
-import { changes, DEFAULT_GLOBS, decodeWatched, encodeWatched, type WatchOptions, watchedFiles } from '../src/watch.js'
+import {
+  changes as changed,
+  changeWords,
+  DEFAULT_GLOBS,
+  decodeWatched,
+  encodeWatched,
+  type WatchedFiles,
+  type WatchOptions,
+  watchedFiles,
+  withUnknown,
+} from '../src/watch.js'
 
 let cwd: string
 
@@ -18,6 +28,7 @@ function write(path: string, content: string): void {
   writeFileSync(whole, content)
 }
 
+const changes = (before: WatchedFiles, now: WatchedFiles) => changeWords(changed(before, now))
 const look = (options: Partial<WatchOptions> = {}) => watchedFiles({ cwd, globs: ['**/*.js'], ...options })
 
 describe('the files that are watched', () => {
@@ -64,6 +75,16 @@ describe('the files that are watched', () => {
     expect(before.has('broken.js')).toBe(false)
   })
 
+  test('do not lie in directories that are left out, with whatever names', async () => {
+    write('a.js', '')
+    write('store (1)/b.js', '')
+    write('stores/c.js', '')
+    expect([...(await look({ except: [join(cwd, 'store (1)'), '/elsewhere', cwd] })).keys()]).toEqual([
+      'a.js',
+      'stores/c.js',
+    ])
+  })
+
   test('must not be more than the limits say', async () => {
     write('a.js', '12345')
     write('b.js', '12345')
@@ -106,6 +127,19 @@ describe('changes', () => {
     expect(before.get('a.js')?.seen).toBe(undefined)
     writeFileSync(join(cwd, 'a.js'), 'two')
     expect(changes(before, await look({ known: before }))).toEqual(['a.js was changed'])
+  })
+
+  test('during a boot leave files that fit no later, whatever becomes of them', async () => {
+    write('a.js', 'one')
+    write('b.js', 'same')
+    const before = await look()
+    write('a.js', 'two')
+    const kept = withUnknown(before, changed(before, await look()))
+    expect(changes(kept, await look())).toEqual(['a.js was changed'])
+    write('a.js', 'one')
+    expect(changes(kept, await look())).toEqual(['a.js was changed'])
+    rmSync(join(cwd, 'a.js'))
+    expect(changes(kept, await look())).toEqual(['a.js was removed'])
   })
 
   test('are told for the first few, and counted for the others', async () => {

@@ -8,6 +8,8 @@ import { visible } from './table.js'
 
 export interface Plan {
   readonly command: readonly string[]
+  /** Whether it may begin with a generation on disk. */
+  readonly reuses: boolean
   readonly warmsUp: boolean
   readonly poolSize: number
 }
@@ -34,10 +36,12 @@ export function progress(plan: Plan, lines = false): Progress {
   return lines || !isatty(2) || !process.stderr.columns ? new Lines(plan) : new List(plan)
 }
 
-const PHASES: readonly StartPhase[] = ['boot', 'ready', 'warmup', 'rest', 'checkpoint', 'pool']
+const PHASES: readonly StartPhase[] = ['reuse', 'boot', 'ready', 'warmup', 'rest', 'checkpoint', 'pool']
 
 function title(phase: StartPhase, { command, poolSize }: Plan): string {
   switch (phase) {
+    case 'reuse':
+      return 'look for a generation that fits'
     case 'boot':
       return `start ${visible(command.join(' ')).slice(0, 60)}`
     case 'ready':
@@ -55,13 +59,23 @@ function title(phase: StartPhase, { command, poolSize }: Plan): string {
 
 /** What is to come, with this plan. */
 function phasesOf(plan: Plan): StartPhase[] {
-  return PHASES.filter((phase) => (phase !== 'warmup' || plan.warmsUp) && (phase !== 'pool' || plan.poolSize > 0))
+  const wanted: Partial<Record<StartPhase, boolean>> = {
+    reuse: plan.reuses,
+    warmup: plan.warmsUp,
+    pool: plan.poolSize > 0,
+  }
+  return PHASES.filter((phase) => wanted[phase] ?? true)
 }
 
 /** How large the thing is that takes long. */
 function sizeOf(supervisor: Supervisor): string {
   const bytes = supervisor.template?.memory?.rssBytes
   return bytes === undefined ? '' : ` (${formatMiB(bytes)} MiB)`
+}
+
+/** What came of the look for a generation on disk. */
+function found({ generation }: Supervisor): string {
+  return generation > 0 ? `generation ${generation}` : 'there is none'
 }
 
 function describe(generation: GenerationInfo): string {
@@ -83,6 +97,7 @@ class Lines implements Progress {
       const phases = phasesOf(this.plan)
       if (!phases.includes(phase)) return
       const made = phase === 'checkpoint' && this.#generation ? `, ${describe(this.#generation)}` : ''
+      if (phase === 'reuse') return printError(`warmfork: ${title(phase, this.plan)}: ${found(supervisor)}`)
       printError(`warmfork: ${title(phase, this.plan)}: ${formatDuration(elapsedMs)}${made}`)
       // The one step that takes long with a large process is announced, too.
       if (phases[phases.indexOf(phase) + 1] === 'checkpoint') {
@@ -123,10 +138,11 @@ class List implements Progress {
     })
     supervisor.on('progress', (phase, elapsedMs) => {
       const made = phase === 'checkpoint' && this.#generation ? `, ${describe(this.#generation)}` : ''
+      const leftOut = this.plan.reuses && supervisor.template === undefined ? ' not needed' : ''
       for (const [each, { finish }] of this.#steps) {
         // A phase that the engine leaves out is over with the next one.
-        if (PHASES.indexOf(each) < PHASES.indexOf(phase)) finish('')
-        if (each === phase) finish(` ${formatDuration(elapsedMs)}${made}`)
+        if (PHASES.indexOf(each) < PHASES.indexOf(phase)) finish(leftOut)
+        if (each === phase) finish(phase === 'reuse' ? ` ${found(supervisor)}` : ` ${formatDuration(elapsedMs)}${made}`)
       }
       const phases = phasesOf(this.plan)
       if (phases[phases.indexOf(phase) + 1] === 'checkpoint') {

@@ -70,8 +70,8 @@ async function run(options: SupervisorOptions, resolved: ResolvedOptions, flags:
   }
 }
 
-function planOf({ command, warmup, pool }: ResolvedOptions) {
-  return { command, warmsUp: warmup !== undefined, poolSize: pool.size }
+function planOf({ command, reuse, warmup, pool }: ResolvedOptions) {
+  return { command, reuses: reuse !== false, warmsUp: warmup !== undefined, poolSize: pool.size }
 }
 
 /** One supervisor from its creation to its end, for the signals and the control socket, which may come at any moment of it. */

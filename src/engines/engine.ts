@@ -59,6 +59,7 @@ export interface Circumstances {
 /** A generation that outlived the supervisor that made it. */
 export interface Candidate {
   readonly number: number
+  readonly reforks: number
   /** Why it cannot be used here and now, each as a phrase; empty where it can, as far as a look tells. */
   readonly reasons: readonly string[]
   readonly watched?: WatchedSource | undefined
@@ -186,7 +187,7 @@ export interface Engine {
    * Reads a generation and compares its checksums; `quickly`: leaves out large files that by their times and inodes nobody has touched.
    * Throws GENERATION_CORRUPT, and so does each later fork from it.
    */
-  verify?(generation: number, how: 'quickly' | 'wholly'): Promise<void>
+  verify?(generation: number, how: 'quickly' | 'wholly', signal?: AbortSignal): Promise<void>
   close(): Promise<void>
   /** After all processes were ended: resolves when the statuses of those that nobody else waits for are read. */
   settled?(): Promise<void>

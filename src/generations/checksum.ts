@@ -16,13 +16,14 @@ export type Run = readonly [offset: number, length: number]
 const PIECE_BYTES = 256 * 1024
 
 /** SHA-256 of a whole file, in hex, and how many bytes that were. */
-export async function fileChecksum(path: string): Promise<{ bytes: number; sha256: string }> {
+export async function fileChecksum(path: string, signal?: AbortSignal): Promise<{ bytes: number; sha256: string }> {
   const hash = createHash('sha256')
   const handle = await open(path, 'r')
   try {
     let bytes = 0
     const piece = Buffer.allocUnsafe(PIECE_BYTES)
     for (;;) {
+      signal?.throwIfAborted()
       const { bytesRead } = await handle.read(piece, 0, piece.length, bytes)
       if (bytesRead === 0) return { bytes, sha256: hash.digest('hex') }
       hash.update(piece.subarray(0, bytesRead))
@@ -34,13 +35,14 @@ export async function fileChecksum(path: string): Promise<{ bytes: number; sha25
 }
 
 /** SHA-256 over the runs' bytes, in hex. A run that ends behind the file's end throws a RangeError. */
-export async function runsChecksum(path: string, runs: readonly Run[]): Promise<string> {
+export async function runsChecksum(path: string, runs: readonly Run[], signal?: AbortSignal): Promise<string> {
   const hash = createHash('sha256')
   const handle = await open(path, 'r')
   try {
     const piece = Buffer.allocUnsafe(PIECE_BYTES)
     for (const [offset, length] of runs) {
       for (let done = 0; done < length; ) {
+        signal?.throwIfAborted()
         const wanted = Math.min(piece.length, length - done)
         const got = await readFully(handle, piece, wanted, offset + done)
         if (got < wanted) throw new RangeError(`a run ends at byte ${offset + length}, behind the end of ${path}`)

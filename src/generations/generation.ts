@@ -119,7 +119,7 @@ export class Generation {
   }
 
   /** Reads everything and compares it with the checksums, where there are any. Throws GENERATION_CORRUPT, naming the file. */
-  async verify(): Promise<void> {
+  async verify(signal?: AbortSignal): Promise<void> {
     await readManifest(this.directory, this.number)
     const { files, mappedFiles } = this.manifest
     const known = new Set([
@@ -136,7 +136,7 @@ export class Generation {
         throw corrupt(this.number, `there is a file in it that does not belong there, ${name}`)
       }
     }
-    for (const [name, stored] of Object.entries(files)) await this.#verifyFile(name, stored)
+    for (const [name, stored] of Object.entries(files)) await this.#verifyFile(name, stored, signal)
   }
 
   /**
@@ -155,7 +155,7 @@ export class Generation {
     }
   }
 
-  async #verifyFile(name: string, stored: StoredFile): Promise<void> {
+  async #verifyFile(name: string, stored: StoredFile, signal?: AbortSignal): Promise<void> {
     const path = join(this.directory, name)
     try {
       const bytes = lstatSync(path).size
@@ -163,11 +163,12 @@ export class Generation {
         throw corrupt(this.number, `its file ${name} has ${bytes} bytes and had ${stored.bytes}`)
       const runs = stored.runs === undefined ? undefined : await this.runs(name)
       if (stored.sha256 === undefined) return
-      const sha256 = runs ? await runsChecksum(path, runs) : (await fileChecksum(path)).sha256
+      const sha256 = runs ? await runsChecksum(path, runs, signal) : (await fileChecksum(path, signal)).sha256
       if (sha256 !== stored.sha256 || (runs && hasStrayData(path, runs))) {
         throw corrupt(this.number, `its file ${name} has another content than it was made with`)
       }
     } catch (cause) {
+      signal?.throwIfAborted()
       if (cause instanceof WarmforkError) throw cause
       throw corrupt(this.number, `its file ${name} cannot be read to its end`, cause)
     }

@@ -22,7 +22,7 @@ export interface Surroundings {
   readonly gid: number
   /** SHA-256 of each declared variable's value, by key: the values may be secrets. */
   readonly declaredEnv: Readonly<Record<string, string>>
-  /** Of the supervisor, by their names and in words: those that stand in an image, so that no fork can have others. */
+  /** What else stands in an image, so that no fork can have another: each as a phrase ("the option `identity`"), with its value in words. */
   readonly options?: Readonly<Record<string, string>> | undefined
   /** The application's own files when they were read: compared by whoever knows what they are now, and not here. */
   readonly watched?: WatchedSource | undefined
@@ -101,7 +101,7 @@ export function differences(made: Surroundings, now: Surroundings): string[] {
   if (now.options && !made.options) found.push('it was not written down with which options it was made')
   if (!now.options || !made.options) return found
   for (const key of new Set([...Object.keys(made.options), ...Object.keys(now.options)])) {
-    compare(`the option \`${key}\``, made.options[key] ?? 'unknown', now.options[key] ?? 'unknown')
+    compare(key, made.options[key] ?? 'unknown', now.options[key] ?? 'unknown')
   }
   return found
 }

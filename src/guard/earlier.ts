@@ -45,9 +45,9 @@ export function noteSupervisor(storeDirectory: string, token: string): void {
   }
 }
 
-/** Everything that it made has ended. */
-export function forgetSupervisor(storeDirectory: string): void {
-  rmSync(join(storeDirectory, FILE), { force: true })
+/** Everything that it made has ended. Another may have the store by now. */
+export function forgetSupervisor(storeDirectory: string, token: string): void {
+  if (read(storeDirectory) === token) rmSync(join(storeDirectory, FILE), { force: true })
 }
 
 function read(storeDirectory: string): string | undefined {

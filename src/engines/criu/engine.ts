@@ -417,19 +417,21 @@ export class CriuEngine implements Engine {
       .filter(({ ephemeral }) => !ephemeral)
       .map((generation) => ({
         number: generation.number,
+        reforks: generation.info.reforks,
         reasons: generation.misfits(now),
         watched: generation.manifest.surroundings.watched,
       }))
-    const others = broken.map(({ number, error }) => ({ number, reasons: [error.happened] }))
+    const others = broken.map(({ number, error }) => ({ number, reforks: 0, reasons: [error.happened] }))
     return [...whole, ...others].sort((a, b) => b.number - a.number)
   }
 
-  async verify(number: number, how: 'quickly' | 'wholly'): Promise<void> {
+  async verify(number: number, how: 'quickly' | 'wholly', signal?: AbortSignal): Promise<void> {
     const open = [...this.#sources].filter(({ generation }) => generation.number === number)
     const generation = await this.store.get(number)
     try {
-      await (how === 'quickly' ? generation.verifyQuickly() : generation.verify())
+      await (how === 'quickly' ? generation.verifyQuickly() : generation.verify(signal))
     } catch (error) {
+      signal?.throwIfAborted()
       for (const source of open) source.refuse(error as Error)
       throw error
     }
