@@ -1,4 +1,5 @@
 import { spawnSync } from 'node:child_process'
+import { createSocket } from 'node:dgram'
 import { chownSync, existsSync, lstatSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { connect, createServer, type Server } from 'node:net'
 import { tmpdir } from 'node:os'
@@ -11,7 +12,7 @@ import {
   describeSocket,
   type SharedSocket,
 } from '../src/engines/criu/listening.js'
-import { connectSocket, setSocketOption, socketName, socketOption } from '../src/linux/libc.js'
+import { connectSocket, receive, setSocketOption, socketName, socketOption } from '../src/linux/libc.js'
 
 let directory: string
 const opened: { close(): void }[] = []
@@ -145,6 +146,26 @@ describe('a socket that is made anew at its address', () => {
     expect(socketOption(anew, 6, 9)?.readInt32LE()).toBeGreaterThan(0)
     const queue = spawnSync('cat', ['/proc/net/tcp'], { encoding: 'utf8' }).stdout
     expect(queue).toContain(`:${listener.port.toString(16).toUpperCase().padStart(4, '0')} 00000000:0000 0A`)
+  })
+
+  test('for datagrams is reached at the same port', async () => {
+    const socket = createSocket('udp4')
+    await new Promise<void>((resolve) => socket.bind(0, '127.0.0.1', resolve))
+    const { port } = socket.address()
+    const { fd } = (socket as unknown as Record<symbol, { handle: { fd: number } }>)[
+      Object.getOwnPropertySymbols(socket).find((symbol) => symbol.description === 'state symbol')!
+    ]!.handle
+    const address = Uint8Array.of(127, 0, 0, 1)
+    const listener = { key: 'any', inode: 1, family: 2, type: 2, port, address, backlog: 0, v6only: false }
+    const known = { ...listener, socket: describeSocket(listener, fd) }
+    expect(known.socket).toMatchObject({ listening: false, protocol: 17 })
+    await new Promise<void>((resolve) => socket.close(resolve))
+    const bound = bind([known])
+    const client = createSocket('udp4')
+    await new Promise<void>((resolve) => client.send('a word', port, '127.0.0.1', () => resolve()))
+    client.close()
+    const heard = Buffer.alloc(16)
+    expect(heard.toString('utf8', 0, receive(bound.descriptors.get(1)!, heard))).toBe('a word')
   })
 
   test('takes the place of a path that a killed program has left', async () => {

@@ -2,8 +2,10 @@
 import { execFileSync } from 'node:child_process'
 import {
   appendFileSync,
+  chownSync,
   copyFileSync,
   existsSync,
+  mkdirSync,
   readdirSync,
   readFileSync,
   rmSync,
@@ -16,6 +18,7 @@ import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
 import { describe, expect, test } from 'vitest'
+import { exportGeneration, importGeneration } from '../src/archive.js'
 import { encodeManifest, type Manifest, readManifest } from '../src/generations/manifest.js'
 import { environment } from '../src/linux/proc.js'
 import type { SupervisorOptions } from '../src/options.js'
@@ -187,6 +190,128 @@ describe('a start with `reuse`', () => {
       if (output.includes('1 hello hi')) break
     }
     expect(boots()).toBe(1)
+  })
+})
+
+describe('a generation that the start is not sure of', () => {
+  const verdicts = () => inPlace('store/shop/verdicts.json')
+  const change = (more: object) =>
+    writeFileSync(verdicts(), JSON.stringify({ ...JSON.parse(readFileSync(verdicts(), 'utf8')), ...more }))
+
+  /** Leaves generation 1 of the template, and generation 2 of a fork. */
+  async function two(): Promise<void> {
+    const supervisor = await start()
+    await supervisor.refork({ from: await supervisor.fork() })
+    await supervisor.stop()
+  }
+
+  test('that was made by a refork and not tried, is tried first', async () => {
+    await two()
+    change({ approved: [] })
+    const supervisor = await start()
+    expect(supervisor.generation).toBe(2)
+    expect(JSON.parse(readFileSync(verdicts(), 'utf8')).approved).toEqual([2])
+  })
+
+  test('is rejected where it does not pass, and the one before is used', async () => {
+    await two()
+    change({ approved: [] })
+    const check = () => {
+      throw new Error('wrong answers')
+    }
+    const supervisor = await start({ trial: { check } })
+    expect(supervisor.generation).toBe(1)
+    expect(supervisor.whyRejected(2)).toMatch(/wrong answers/)
+    expect(await say(supervisor)).toBe('1 hello well')
+  })
+
+  test('that cannot be restored is rejected, and the program is booted at the same port', async () => {
+    const port = await freePort()
+    await first({}, String(port))
+    // Nothing hands its listening socket in.
+    await changeManifest(1, (manifest) => {
+      ;(manifest.engineData as { listeners: unknown[] }).listeners = []
+    })
+    const supervisor = await start({}, String(port))
+    expect(boots()).toBe(2)
+    expect(supervisor.generation).toBe(2)
+    expect(supervisor.whyRejected(1)).toBeDefined()
+    expect(said(supervisor)).toHaveLength(2)
+  })
+
+  test('goes before newer ones where it is pinned', async () => {
+    const supervisor = await start()
+    await supervisor.refork({ from: await supervisor.fork() })
+    await supervisor.pin(1)
+    await supervisor.stop()
+    const again = await start()
+    expect([again.generation, again.pinned]).toEqual([1, 1])
+  })
+})
+
+describe('what a generation needs', () => {
+  test('is made again where it is gone: a log, and a path that a killed supervisor has left', async () => {
+    const path = inPlace('server.sock')
+    await first({}, path)
+    const killed = new SupervisorProcess(place.current.options(options({}, path)))
+    await killed.reached('running')
+    await killed.fork()
+    expect(await get({ socketPath: path })).toMatchObject({ boot: 1 })
+    await killed.kill()
+    const supervisor = await start({}, path)
+    const child = await supervisor.fork()
+    expect(await get({ socketPath: path })).toMatchObject({ boot: 1, pid: child.pid })
+  })
+
+  test('can come from an archive', async () => {
+    const port = await freePort()
+    const reuse = { watch: ['*.mjs'] }
+    await first({ reuse }, String(port))
+    const [store, file] = [inPlace('other'), inPlace('shop.tar')]
+    await exportGeneration({ name: 'shop', store: inPlace('store'), file })
+    const { number } = await importGeneration({ name: 'shop', store, file })
+    const supervisor = await start({ store, reuse }, String(port))
+    expect([supervisor.generation, boots()]).toEqual([number, 1])
+    const child = await supervisor.fork()
+    expect(await get({ port })).toMatchObject({ pid: child.pid, boot: 1 })
+  })
+
+  test.runIf(process.getuid?.() === 0)('is there for another user and with kept ids too', async () => {
+    const path = join(place.current.directory, 'theirs/server.sock')
+    mkdirSync(inPlace('theirs'))
+    chownSync(inPlace('theirs'), 65_534, 65_534)
+    writeFileSync(inPlace('boots'), '')
+    chownSync(inPlace('boots'), 65_534, 65_534)
+    const cwd = inPlace('theirs')
+    for (const more of [
+      { cwd, user: 'nobody', group: 'nogroup' },
+      { cwd, identity: 'namespace' as const },
+    ]) {
+      rmSync(path, { force: true })
+      await first(more, path)
+      const before = boots()
+      const supervisor = await start(more, path)
+      const child = await supervisor.fork()
+      expect(await get({ socketPath: path })).toMatchObject({ boot: before })
+      expect(statSync(path).uid).toBe('user' in more ? 65_534 : 0)
+      const marks = environment(child.pid)!.filter((entry) => entry.startsWith('WARMFORK_ID_'))
+      const runs = readdirSync(join(place.current.runtimeDirectory, 'shop')).map((name) => name.slice('run-'.length))
+      expect(runs.map((token) => `WARMFORK_ID_${token}=1`)).toEqual(marks)
+      expect([boots(), await say(supervisor)]).toEqual([before, `${before} hello well`])
+      await supervisor.stop()
+    }
+  })
+
+  test('nothing is left of a start that is ended in the middle', async () => {
+    const port = await freePort()
+    await first({}, String(port))
+    const over = new AbortController()
+    const starting = place.current.start(options({}, String(port)), {
+      signal: over.signal,
+      onCreate: (created) => created.on('progress', (phase) => phase === 'reuse' && over.abort(new Error('enough'))),
+    })
+    await expect(starting).rejects.toThrow('enough')
+    expect(await get({ port })).toBe('ECONNREFUSED')
   })
 })
 
