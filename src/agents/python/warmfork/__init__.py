@@ -26,14 +26,17 @@ __all__ = [
     "before_checkpoint",
     "checkpoint",
     "connected",
+    "count_requests",
     "fork",
     "generation",
     "is_fork",
+    "no_longer_fork_safe",
     "on_child_exit",
     "on_fork",
     "on_message",
     "payload",
     "ready",
+    "request",
     "send",
 ]
 
@@ -128,6 +131,44 @@ def on_child_exit(function):
     """Has `function(pid, code, signal)` called when a fork that this process asked for has ended; `code` or `signal` is None."""
     _agent.agent.handle("childExit", function)
     return function
+
+
+def count_requests(app):
+    """An application of WSGI or ASGI around this one, whose requests are counted. For a server that the agent does not know: what
+    http.server, wsgiref, werkzeug, gunicorn, waitress and uvicorn serve is counted anyway, and never twice.
+    """
+    from ._servers import counted
+
+    return counted(app)
+
+
+class request:
+    """`with warmfork.request():` counts the block as a request, where no server is known. Before a refork it waits until it is over.
+
+    In a fork a block that waited does not run: then it raises an exception.
+    """
+
+    def __init__(self, name=None):
+        self._name = name
+        self._request = None
+
+    def __enter__(self):
+        from ._requests import begin
+
+        _agent.agent.count()
+        self._request = begin(_agent.agent, self._name)
+
+    def __exit__(self, *_):
+        if self._request is not None:
+            self._request.end()
+
+
+def no_longer_fork_safe(reason=None):
+    """Says that no others may be forked from this process from now on: it is never reforked. It cannot be taken back.
+
+    `fork()` of the process itself still works.
+    """
+    _agent.agent.refuse(reason or "")
 
 
 def _members(data):

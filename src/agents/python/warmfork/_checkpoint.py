@@ -124,8 +124,9 @@ class Gate:
 
 
 class HookFailure(Exception):
-    def __init__(self, hook, error):
+    def __init__(self, hook, error, code=None):
         super().__init__(str(error))
+        self.code = code
         message = str(error)
         if not isinstance(error, Exception) or not message:
             message = "%s(%s)" % (type(error).__name__, message)
@@ -134,6 +135,8 @@ class HookFailure(Exception):
         self.stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
 
     def json(self):
+        if self.code is not None:
+            return json.dumps({"code": self.code, "message": self.message})
         members = {"message": self.message, "stack": self.stack}
         return json.dumps(members if self.hook is None else {"hook": self.hook, **members})
 
@@ -152,6 +155,9 @@ class Session:
     def __init__(self, agent, message):
         self._agent = agent
         self._id = message.get("id")
+        self._is_refork = message.get("reason") == "refork"
+        # What holds requests back, while it does.
+        self._holding = None
         self._timeout = _seconds(message.get("timeoutMs"))
         self._turn = allocate_lock()
         self._woken = allocate_lock()
@@ -214,9 +220,11 @@ class Session:
                 start_new_thread(self._undo_in_thread, (others,))
             except RuntimeError:
                 pass
+            self._let_go()
             self._say_refused(failure)
         else:
             self._agent.gate.open()
+            self._let_go()
             self._say_running(failure)
         return True
 
@@ -230,11 +238,12 @@ class Session:
         try:
             if agent.gate is None:
                 agent.gate = Gate(agent)
-            if self._run_before():
+            if self._rest() and self._run_before():
                 self._park()
         except TooLate:
             self._undo(self._hooks_to_undo_of_current())
         finally:
+            self._let_go()
             agent.hook_threads.discard(get_ident())
             with self._turn:
                 if self._phase != "late":
@@ -243,6 +252,35 @@ class Session:
                         self._woken.release()
                     except RuntimeError:
                         pass
+
+    def _rest(self):
+        """For a refork: what is in hand would go on in each fork. False where it was refused."""
+        if not self._is_refork:
+            return True
+        agent = self._agent
+        self._enter("rest")
+        failure = None
+        deadline = monotonic() + self._timeout
+        if agent.unsafe is not None:
+            reason = agent.unsafe or "no reason was given"
+            failure = HookFailure(None, RuntimeError("the program is no longer fork-safe: " + reason), "UNSAFE")
+        elif agent.requests is not None:
+            requests = agent.requests
+            busy = requests.until_none_in_hand(self._timeout)
+            if busy is None:
+                self._holding = requests
+            else:
+                failure = HookFailure(None, RuntimeError(busy), "BUSY")
+        if failure is not None:
+            self._say_refused(failure)
+            return False
+        self._enter("before", max(0.0, deadline - monotonic()))
+        return True
+
+    def _let_go(self):
+        holding, self._holding = self._holding, None
+        if holding is not None:
+            holding.let_go()
 
     def _run_before(self):
         hooks = [(at, hook) for at, (kind, hook) in enumerate(self._agent.hooks) if kind == BEFORE]
@@ -335,6 +373,8 @@ class Session:
         if not connection.is_intact():
             return None
         members = ',"threads":' + json.dumps(threads) if threads else ""
+        if self._holding is not None and self._holding.held > 0:
+            members += ',"held":%d' % self._holding.held
         parked = b'{"type":"parked","id":%d%s}\n' % (self._id, members.encode())
         # A read that a signal interrupts would let go of the lock before it is repeated.
         pthread_sigmask(SIG_BLOCK, FOREIGN_SIGNALS)
@@ -383,6 +423,8 @@ class Session:
             connection.know()
             self._fail(HookFailure(None, error))
         agent.epoch += 1
+        if agent.requests is not None:
+            agent.requests.become()
         self._deferred.clear()
         self._calls, agent.calls = agent.calls, {}
         connection.know()
