@@ -1,9 +1,9 @@
 /** Starts of a supervisor from what an earlier one has left on disk. Boots are counted by a file that the program writes to. */
-import { execFileSync } from 'node:child_process'
+import { execFileSync, spawn } from 'node:child_process'
+import { once } from 'node:events'
 import {
   appendFileSync,
   chownSync,
-  copyFileSync,
   existsSync,
   mkdirSync,
   readdirSync,
@@ -23,6 +23,7 @@ import { encodeManifest, type Manifest, readManifest } from '../src/generations/
 import { environment } from '../src/linux/proc.js'
 import type { SupervisorOptions } from '../src/options.js'
 import type { Supervisor } from '../src/supervisor.js'
+import { CLI } from './cli-harness.js'
 import { eventually, PROGRAMS } from './engines-under-test.js'
 import { useCleanPlace } from './leftovers.js'
 import { SupervisorProcess } from './supervisor-process.js'
@@ -58,10 +59,14 @@ async function freePort(host = '127.0.0.1'): Promise<number> {
 
 /** The program, copied to where it can be edited. */
 function options(more: Partial<SupervisorOptions> = {}, ...addresses: string[]): Partial<SupervisorOptions> {
-  for (const name of ['server.mjs', 'greeting.mjs']) {
-    if (existsSync(inPlace(name))) continue
-    if (name === 'server.mjs') copyFileSync(join(PROGRAMS, 'restart-server.mjs'), inPlace(name))
-    else writeFileSync(inPlace(name), "export const greeting = 'hello'\n")
+  const worker = join(PROGRAMS, '../../../dist/agents/node/worker.js')
+  const files = {
+    'server.mjs': readFileSync(join(PROGRAMS, 'restart-server.mjs'), 'utf8'),
+    'greeting.mjs': "export const greeting = 'hello'\n",
+    'worker.mjs': `export { worker } from ${JSON.stringify(worker)}\n`,
+  }
+  for (const [name, content] of Object.entries(files)) {
+    if (!existsSync(inPlace(name))) writeFileSync(inPlace(name), content)
   }
   return {
     command: [process.execPath, inPlace('server.mjs'), inPlace('boots'), ...addresses],
@@ -84,9 +89,9 @@ async function first(more: Partial<SupervisorOptions> = {}, ...addresses: string
 const said = (supervisor: Supervisor) =>
   supervisor.warnings.filter(({ kind }) => kind === 'reuse').map(({ message }) => message)
 
-async function say(supervisor: Supervisor): Promise<string> {
+async function say(supervisor: Supervisor, words = 'well'): Promise<string> {
   const child = await supervisor.fork()
-  child.stdin.write('well\n')
+  child.stdin.write(`${words}\n`)
   for await (const line of child.lines()) return line.replace(/^\d+ /, '')
   throw new Error('no answer')
 }
@@ -169,6 +174,14 @@ describe('a start with `reuse`', () => {
     const supervisor = await start({ ...more, env: { ...process.env, GREETING: 'of the second' } }, String(port))
     await supervisor.fork()
     expect(await get({ port })).toMatchObject({ env: 'of the second', boot: 1 })
+  })
+
+  test('has programs fork by themselves', async () => {
+    await first()
+    const supervisor = await start()
+    const pid = Number((await say(supervisor, 'fork')).replace('forked ', ''))
+    expect(supervisor.children.map((child) => child.pid)).toContain(pid)
+    expect(boots()).toBe(1)
   })
 
   test('keeps workers running', async () => {
@@ -258,9 +271,11 @@ describe('what a generation needs', () => {
     await killed.fork()
     expect(await get({ socketPath: path })).toMatchObject({ boot: 1 })
     await killed.kill()
+    rmSync(inPlace('boots.log'))
     const supervisor = await start({}, path)
-    const child = await supervisor.fork()
-    expect(await get({ socketPath: path })).toMatchObject({ boot: 1, pid: child.pid })
+    expect(await say(supervisor)).toBe('1 hello well')
+    expect(await get({ socketPath: path })).toMatchObject({ boot: 1, pid: supervisor.children[0]!.pid })
+    expect(readFileSync(inPlace('boots.log'), 'utf8')).toBe('well\n')
   })
 
   test('can come from an archive', async () => {
@@ -280,8 +295,10 @@ describe('what a generation needs', () => {
     const path = join(place.current.directory, 'theirs/server.sock')
     mkdirSync(inPlace('theirs'))
     chownSync(inPlace('theirs'), 65_534, 65_534)
-    writeFileSync(inPlace('boots'), '')
-    chownSync(inPlace('boots'), 65_534, 65_534)
+    for (const name of ['boots', 'boots.log']) {
+      writeFileSync(inPlace(name), '')
+      chownSync(inPlace(name), 65_534, 65_534)
+    }
     const cwd = inPlace('theirs')
     for (const more of [
       { cwd, user: 'nobody', group: 'nogroup' },
@@ -300,6 +317,34 @@ describe('what a generation needs', () => {
       expect([boots(), await say(supervisor)]).toEqual([before, `${before} hello well`])
       await supervisor.stop()
     }
+  })
+
+  test('is looked for by `warmfork run --reuse`', async () => {
+    const { command } = options()
+    const flags = ['--name', 'shop', '--store', inPlace('store'), '--runtime-directory', place.current.runtimeDirectory]
+    const run = async (...more: string[]): Promise<{ stdout: string; stderr: string }> => {
+      const [file, ...args] = [...CLI, 'run', ...flags, '--ready-output', 'ready', '--json', ...more, '--', ...command!]
+      const cli = spawn(file, args, { cwd: place.current.directory, stdio: ['ignore', 'pipe', 'pipe'] })
+      const output = { stdout: '', stderr: '' }
+      cli.stderr.on('data', (chunk) => {
+        output.stderr += chunk
+      })
+      cli.stdout.on('data', (chunk) => {
+        output.stdout += chunk
+        // It is ready.
+        cli.kill('SIGTERM')
+      })
+      await once(cli, 'close')
+      return output
+    }
+    const reuse = ['--reuse', '--watch', '*.mjs', '--on-mismatch', 'error']
+    expect(JSON.parse((await run(...reuse)).stdout).generation).toBe(1)
+    expect(JSON.parse((await run(...reuse)).stdout).generation).toBe(1)
+    expect(boots()).toBe(1)
+    appendFileSync(inPlace('greeting.mjs'), '// edited\n')
+    expect(JSON.parse((await run(...reuse)).stderr).message).toMatch(/GENERATION_MISFIT: .*greeting.mjs was changed/)
+    expect(JSON.parse((await run('--watch', '*.mjs')).stderr).message).toMatch(/Expected `--reuse` to be there/)
+    expect(boots()).toBe(1)
   })
 
   test('nothing is left of a start that is ended in the middle', async () => {
