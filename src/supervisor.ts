@@ -228,8 +228,9 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   }
 
   /**
-   * Boots the template, checkpoints it and fills the pool. Resolves when forks can be had.
-   * @throws BAD_OPTION, TEMPLATE_START_FAILED, TEMPLATE_EXITED, TEMPLATE_NOT_READY, WARMUP_FAILED, NOT_AT_REST, CHECKPOINT_FAILED,
+   * Boots the template and checkpoints it, or with `reuse` begins with a generation on disk; then fills the pool. Resolves when forks
+   * can be had.
+   * @throws BAD_OPTION, GENERATION_MISFIT, PORT_TAKEN, TEMPLATE_START_FAILED, TEMPLATE_EXITED, TEMPLATE_NOT_READY, WARMUP_FAILED, NOT_AT_REST, CHECKPOINT_FAILED,
    * the errors of the store and those of a first fork
    */
   static async start(options: SupervisorOptions, start: StartOptions = {}): Promise<Supervisor> {
