@@ -47,6 +47,9 @@ require_relative 'warmfork/hooks'
 require_relative 'warmfork/inbox'
 require_relative 'warmfork/identity'
 require_relative 'warmfork/fork_call'
+require_relative 'warmfork/requests'
+require_relative 'warmfork/rack_counter'
+require_relative 'warmfork/servers'
 require_relative "warmfork/#{RUBY_ENGINE == 'jruby' ? 'jruby' : 'mri'}"
 require_relative 'warmfork/session'
 
@@ -54,6 +57,7 @@ module Warmfork
   @hooks = Hooks.new
   @inbox = Inbox.new
   @ended = Inbox.new
+  @requests = Requests.new
 
   class << self
     # What was given to this fork, nil where nothing was; a String in binary encoding where bytes were given.
@@ -136,6 +140,33 @@ module Warmfork
       @ended.add(handler)
     end
 
+    # A Rack application around this one, whose requests are counted. For a server that the agent does not know: what Puma and WEBrick
+    # serve, and what Rack::Builder builds (config.ru), is counted anyway, and never twice.
+    def count_requests(app)
+      raise ArgumentError, 'no application: it has no `call`' unless app.respond_to?(:call)
+
+      RackCounter.new(app)
+    end
+
+    # Counts the block as a request, where no server is known. Before a refork it waits until it is over. In a fork a block that
+    # waited does not run: then it raises an exception.
+    def count_request(name = nil, &block)
+      raise ArgumentError, 'no block given' unless block
+
+      @requests.count(name, &block)
+    end
+
+    # Says that no others may be forked from this process from now on: it is never reforked. It cannot be taken back. `fork` of the
+    # process itself still works.
+    def no_longer_fork_safe!(reason = nil)
+      @unsafe = reason.to_s
+      @session&.send_line(Session.unsafe(@unsafe))
+      nil
+    end
+
+    # For the agent's own parts.
+    attr_reader :requests
+
     # Whether there is a supervisor. Waits for its word where it has not said it yet.
     def connected?
       @session ? @session.welcome? : false
@@ -143,7 +174,7 @@ module Warmfork
 
     private
 
-    attr_reader :session
+    attr_reader :session, :unsafe
 
     def session!
       raise Error.new('NO_SUPERVISOR', 'no supervisor of warmfork is connected') unless @session&.open?
@@ -161,7 +192,10 @@ module Warmfork
     # The session that this process has from now on.
     def connect
       @session = Session.connect(ENV['WARMFORK_SOCKET'], @hooks, @inbox, @ended)
-      Platform.connected if @session
+      return unless @session
+
+      @session.send_line(Session.unsafe(@unsafe)) if @unsafe
+      Platform.connected
     end
 
     # In a child of a real fork: the connection is the parent's.
@@ -171,16 +205,27 @@ module Warmfork
       @generation = @payload = nil
       @inbox.renew
       @ended.renew
+      renew_requests
       old.abandon
       connect
     end
 
+    # Those until now are the source's. What it holds back is let go of by who holds it.
+    def renew_requests
+      @requests.over!
+      @requests = Requests.new
+    end
+
     def become(message)
+      renew_requests
       @generation = message['generation']
       @payload = message.key?('data') ? Identity.decode(message['data']) : nil
     end
   end
 
   Platform.install
-  connect if ENV['WARMFORK_SOCKET']
+  if ENV['WARMFORK_SOCKET']
+    connect
+    Servers.install if @session
+  end
 end

@@ -44,6 +44,11 @@ module Warmfork
         yield
       end
 
+      # Whether a connection has another side, as far as Java does not remember it.
+      def peer?(socket)
+        File.readlink("/proc/self/fd/#{socket.fileno}").start_with?('socket:') && !socket.getpeername.nil?
+      end
+
       def renew_random(seed)
         require_relative 'java_random' unless defined?(JavaRandom)
         JavaRandom.renew(seed)

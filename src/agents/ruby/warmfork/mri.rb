@@ -54,6 +54,11 @@ module Warmfork
         (Thread.list - before).each { |thread| thread.priority = 0 if thread.priority == 3 }
       end
 
+      # Whether a connection has another side.
+      def peer?(socket)
+        socket.getsockopt(:SOCKET, 39).int == socket.local_address.afamily && !socket.getpeername.nil?
+      end
+
       def renew_random(_seed); end
 
       def random_integer(_seed)

@@ -8,6 +8,9 @@ module Warmfork
     MAX_LINE_FROM_SUPERVISOR = 16 << 20
     FAILED_STATUS = 70
     WELCOME_TIMEOUT_SECONDS = 5
+    # Of ends of forks that nobody has waited for.
+    MAX_EXITS = 10_000
+    MAX_REASON = 1_000
     # What ends a connection and not the program.
     LOST = [SystemCallError, IOError].freeze
 
@@ -21,6 +24,12 @@ module Warmfork
     rescue *LOST, ArgumentError
       # The last is said of a path that is too long.
       nil
+    end
+
+    # A line.
+    def self.unsafe(reason)
+      more = reason.empty? ? '' : %(,"reason":#{Identity.json.generate(Hooks::Failure.text(reason)[0, MAX_REASON])})
+      %({"type":"unsafe"#{more}}\n)
     end
 
     def initialize(wire, hooks, inbox, ended)
@@ -44,7 +53,7 @@ module Warmfork
     def start
       @wire.write(
         %({"type":"hello","protocol":#{PROTOCOL},"agent":"#{Platform::RUNTIME}/#{VERSION}","runtime":"#{Platform::RUNTIME}",) +
-        %("version":"#{Platform::RUNTIME_VERSION}","pid":#{Process.pid},"fd":#{@wire.fd}}\n),
+        %("version":"#{Platform::RUNTIME_VERSION}","pid":#{Process.pid},"fd":#{@wire.fd},"counts":true}\n),
       )
       @thread = Thread.new { run }
       @thread.name = 'warmfork'
@@ -203,12 +212,15 @@ module Warmfork
     # Gives :end where the connection ended in it.
     def checkpoint(message)
       timeout_ms = message['timeoutMs'] || 10_000
+      began = now
       begin
         @hooks.step('warmfork: prepare') { Platform.prepare }
-        @hooks.before(timeout_ms)
+        @resting = rest(timeout_ms) if message['reason'] == 'refork'
+        @hooks.before(@resting ? [timeout_ms - ((now - began) * 1000).round, 1].max : timeout_ms)
       rescue Hooks::Failure => e
         return :end if @closed
 
+        let_go
         send_line(type: 'refused', id: message['id'], error: e.details)
         return nil
       end
@@ -216,6 +228,27 @@ module Warmfork
       return :end if @closed
 
       Platform.uninterrupted { park(message['id'], timeout_ms) }
+    ensure
+      let_go
+    end
+
+    # For a refork: what is in hand would go on in each fork. Gives what holds back the requests that come.
+    def rest(timeout_ms)
+      unsafe = Warmfork.send(:unsafe)
+      if unsafe
+        reason = unsafe.empty? ? 'no reason was given' : unsafe
+        raise Hooks::Failure.new({ code: 'UNSAFE', message: Hooks::Failure.text("the program is no longer fork-safe: #{reason}") })
+      end
+      requests = Warmfork.requests
+      busy = requests.until_none_in_hand(timeout_ms) { @calls.any? }
+      raise Hooks::Failure.new({ code: 'BUSY', message: busy }) if busy
+
+      requests
+    end
+
+    def let_go
+      resting, @resting = @resting, nil
+      resting&.let_go
     end
 
     def park(id, timeout_ms)
@@ -241,6 +274,7 @@ module Warmfork
       words = { type: 'parked', id: id }
       threads = gate.close(idle_threads)
       words[:threads] = threads.map { |name| Hooks::Failure.text(name) } unless threads.empty?
+      words[:held] = @resting.held if @resting&.held&.positive?
       line = line_of(words)
       raise IOError, 'the descriptor is another file' unless @wire.ours?
 
@@ -358,6 +392,7 @@ module Warmfork
         change do
           @children&.delete(ended.pid)
           @exits[ended.pid] = ended
+          @exits.shift if @exits.size > MAX_EXITS
         end
       end
       @ended.deliver(ended, nil)
