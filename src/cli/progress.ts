@@ -78,6 +78,11 @@ function found({ generation }: Supervisor): string {
   return generation > 0 ? `generation ${generation}` : 'there is none'
 }
 
+function madeBy(supervisor: Supervisor): string {
+  const generation = supervisor.generations().at(-1)
+  return generation ? `, ${describe(generation)}` : ''
+}
+
 function describe(generation: GenerationInfo): string {
   const size = generation.sizeBytes > 0 ? `, ${formatMiB(generation.sizeBytes)} MiB on disk` : ''
   const memory = generation.memory === 'cow' ? 'memory is shared' : 'memory is copied'
@@ -85,18 +90,13 @@ function describe(generation: GenerationInfo): string {
 }
 
 class Lines implements Progress {
-  #generation: GenerationInfo | undefined
-
   constructor(private readonly plan: Plan) {}
 
   follow(supervisor: Supervisor): void {
-    supervisor.on('generation', (generation) => {
-      this.#generation = generation
-    })
     supervisor.on('progress', (phase, elapsedMs) => {
       const phases = phasesOf(this.plan)
       if (!phases.includes(phase)) return
-      const made = phase === 'checkpoint' && this.#generation ? `, ${describe(this.#generation)}` : ''
+      const made = phase === 'checkpoint' ? madeBy(supervisor) : ''
       if (phase === 'reuse') return printError(`warmfork: ${title(phase, this.plan)}: ${found(supervisor)}`)
       printError(`warmfork: ${title(phase, this.plan)}: ${formatDuration(elapsedMs)}${made}`)
       // The one step that takes long with a large process is announced, too.
@@ -125,7 +125,6 @@ class List implements Progress {
   readonly #shown: Promise<unknown>
   /** Lines between those of the list would be overwritten by it. Undefined when it is done. */
   #held: Pick<Warning, 'message'>[] | undefined = []
-  #generation: GenerationInfo | undefined
 
   constructor(private readonly plan: Plan) {
     for (const phase of phasesOf(plan)) this.#steps.set(phase, step())
@@ -133,11 +132,8 @@ class List implements Progress {
   }
 
   follow(supervisor: Supervisor): void {
-    supervisor.on('generation', (generation) => {
-      this.#generation = generation
-    })
     supervisor.on('progress', (phase, elapsedMs) => {
-      const made = phase === 'checkpoint' && this.#generation ? `, ${describe(this.#generation)}` : ''
+      const made = phase === 'checkpoint' ? madeBy(supervisor) : ''
       const leftOut = this.plan.reuses && supervisor.template === undefined ? ' not needed' : ''
       for (const [each, { finish }] of this.#steps) {
         // A phase that the engine leaves out is over with the next one.
