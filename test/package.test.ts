@@ -126,7 +126,9 @@ describe('the packed package', () => {
       .filter((path) => /^dist\/.*\.c?js$/.test(path))
       .map((path) => readFileSync(join(dist, '..', path), 'utf8'))
       .join('\n')
-    const imported = [...code.matchAll(/(?<!')(?:from|import\(?|\.resolve\()\s*'([^'./][^']*)'/g)].map(([, specifier]) => specifier!)
+    const imported = [...code.matchAll(/(?<!')(?:from|import\(?|\.resolve\()\s*'([^'./\s][^'\s]*)'/g)].map(
+      ([, specifier]) => specifier!,
+    )
     const packages = imported
       .filter((specifier) => !specifier.startsWith('node:'))
       .map((specifier) =>
