@@ -44,12 +44,11 @@ export type {
   WorkerOptions,
 } from './options.js'
 export type { PoolState } from './pool.js'
+export type { ReforkOptions, RollbackOptions } from './refork/changes.js'
 export type { ObservedChild, ReforkDecision, ReforkObservation } from './refork/observation.js'
 export type { ReforkFunction, ReforkSetting, ReforkThresholds, ReforkVerdict } from './refork/policy.js'
 export type { Refork } from './refork/refork.js'
 export {
-  type ReforkOptions,
-  type RollbackOptions,
   type StartOptions,
   type StartPhase,
   type StopOptions,

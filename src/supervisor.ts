@@ -7,16 +7,15 @@ import { EventEmitter, setMaxListeners } from 'node:events'
 import { chmodSync, mkdirSync, rmdirSync, rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import PQueue from 'p-queue'
 import { destination, type Logger, pino } from 'pino'
 import { AgentDesk } from './agents/desk.js'
 import { payloadValue } from './agents/protocol.js'
-import { CrashBackoff, isCrash } from './backoff.js'
+import { CrashBackoff } from './backoff.js'
+import { Boot } from './boot.js'
 import { Child, type ChildStats, type Resumption } from './child.js'
 import { Crew, type CrewState } from './crew.js'
 import { endTrees } from './ending.js'
 import type { Engine, EngineName, ForkedProcess, GenerationInfo, SourceProcess, StdioFds } from './engines/engine.js'
-import { SpawnEngine } from './engines/spawn/engine.js'
 import { type ErrorCode, errnoOf, WarmforkError } from './errors.js'
 import { type ForkRequest, planFork } from './fork-request.js'
 import type { Guard } from './guard/guard.js'
@@ -26,18 +25,14 @@ import { type ResolvedOptions, resolveOptions, type SupervisorOptions } from './
 import { keptIdWarnings, pidWarnings, repeatWarnings } from './pid-sensitive.js'
 import { Pool, type PoolState } from './pool.js'
 import { untilReady } from './readiness.js'
-import { Canary } from './refork/canary.js'
-import { ReforkDriver } from './refork/driver.js'
+import { type ChangeEvents, Changes, type ReforkOptions, type RollbackOptions } from './refork/changes.js'
 import type { ReforkDecision } from './refork/observation.js'
-import { ReforkPolicy } from './refork/policy.js'
-import { candidates, type Refork, reforkOneOf } from './refork/refork.js'
 import { tryGeneration } from './refork/trial.js'
 import { untilAtRest } from './rest.js'
 import type { Watched } from './reuse.js'
 import { Succession } from './succession.js'
-import { Template } from './template.js'
+import type { Template } from './template.js'
 import { type Identity, resolveIdentity } from './user.js'
-import { warmUp } from './warmup.js'
 import { WorkerForks } from './worker-forks.js'
 
 export type SupervisorState = 'starting' | 'running' | 'stopping' | 'stopped'
@@ -61,23 +56,13 @@ export interface Warning {
   readonly cause?: unknown
 }
 
-export interface SupervisorEvents {
+export interface SupervisorEvents extends ChangeEvents {
   /** A step of the start is done, and took that long. */
   progress: [phase: StartPhase, elapsedMs: number]
   warning: [warning: Warning]
   /** A child was continued and is the user's now. */
   child: [child: Child]
   childExit: [child: Child, status: ExitStatus]
-  /** A new generation was made, and forks come from it from now on. */
-  generation: [generation: GenerationInfo]
-  /** The policy has decided for a refork, or against one for another reason than before. */
-  reforkDecision: [decision: ReforkDecision]
-  /** A refork was made, and its generation passed its trial. */
-  refork: [refork: Refork]
-  /** A refork came to nothing: the generation before serves on. */
-  reforkFailed: [error: Error]
-  /** Forks come from an earlier generation again. */
-  rollback: [to: number, from: number, reason: string]
   /** All workers are of the generation in use, after some were not. */
   rolledOut: [replaced: number]
   templateOutput: [stream: 'stdout' | 'stderr', chunk: Buffer]
@@ -136,20 +121,6 @@ export interface StopOptions {
   graceMs?: number
 }
 
-export interface ReforkOptions {
-  /** The child to be taken. @default the one of the generation in use with the most requests */
-  from?: Child
-  /** Why, for people; it is kept with the generation. @default 'asked for' */
-  reason?: string
-}
-
-export interface RollbackOptions {
-  /** Number of the generation to go to. @default the newest before the one in use that was not rejected */
-  to?: number
-  /** Why, for people; it is kept. @default 'asked for' */
-  reason?: string
-}
-
 /** Longest delay of a Node timer. */
 const FOREVER_MS = 2 ** 31 - 1
 
@@ -192,6 +163,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   #directory = ''
   #guard: Guard | undefined
   #engine: Engine | undefined
+  #boots: Boot | undefined
   #template: Template | undefined
   #readyMs = 0
   #succession: Succession | undefined
@@ -205,14 +177,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
   #origin: SourceProcess | undefined
   #pool: Pool | undefined
   #crew: Crew | undefined
-  #driver: ReforkDriver | undefined
-  #decision: ReforkDecision | undefined
-  /** The generation in use: since when, and how many forks were made of it. */
-  #inUse = { sinceMs: 0, forks: 0 }
-  readonly #canary: Canary
-  /** What changes which generation is in use: one after the other. */
-  readonly #changes = new PQueue({ concurrency: 1 })
-  #reforking: { readonly from: Child | undefined; readonly done: Promise<GenerationInfo> } | undefined
+  #changes: Changes | undefined
 
   private constructor(options: ResolvedOptions) {
     super()
@@ -223,7 +188,6 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     this.store = options.store
     this.runtimeDirectory = options.runtimeDirectory
     this.#crashes = new CrashBackoff(options.crashes)
-    this.#canary = new Canary(options.canary)
     this.#log = typeof options.log === 'string' ? levelLogger(options.log) : options.log
   }
 
@@ -380,40 +344,18 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
    * @throws REFORK_REFUSED, NOT_AT_REST, HOOK_FAILED, AGENT_LOST, CHILD_GONE, CHECKPOINT_FAILED, TRIAL_FAILED, DISK_FULL,
    * ENGINE_UNSUPPORTED, STOPPED: the generation in use stays in use
    */
-  async refork({ from, reason = 'asked for' }: ReforkOptions = {}): Promise<GenerationInfo> {
+  async refork(options: ReforkOptions = {}): Promise<GenerationInfo> {
     this.#requireRunning('refork')
-    if (this.engine === 'spawn') {
-      const happened = 'the spawn engine starts each fork cold, and cannot copy a process'
-      throw new WarmforkError('ENGINE_UNSUPPORTED', { tried: 'refork', happened })
-    }
-    if (this.#reforking && (from === undefined || from === this.#reforking.from)) return this.#reforking.done
-    const done = this.#change('refork', () => this.#refork(from, reason))
-    const reforking = { from, done }
-    this.#reforking = reforking
-    const over = () => {
-      if (this.#reforking === reforking) this.#reforking = undefined
-    }
-    done.then(over, over)
-    return done
+    return this.#changes!.refork(options)
   }
 
   /**
    * Has forks come from an earlier generation again. The one in use is never chosen again.
    * @throws GENERATION_NOT_FOUND, GENERATION_CORRUPT, GENERATION_MISFIT, STOPPED
    */
-  async rollback({ to, reason = 'asked for' }: RollbackOptions = {}): Promise<GenerationInfo> {
+  async rollback(options: RollbackOptions = {}): Promise<GenerationInfo> {
     this.#requireRunning('roll back')
-    return this.#change('roll back', async () => {
-      const succession = this.#succession!
-      const from = succession.number
-      const { number } = await succession.earlier(to)
-      if (number === from) return succession.source!.generation
-      const generation = await this.#switchTo(number, true)
-      await succession.reject(from, reason)
-      this.#warn('rollback', `generation ${from} is not used any more, and generation ${number} is again: ${reason}`)
-      this.emit('rollback', number, from, reason)
-      return generation
-    })
+    return this.#changes!.rollback(options)
   }
 
   /**
@@ -422,25 +364,13 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
    */
   async pin(number: number): Promise<GenerationInfo> {
     this.#requireRunning('pin a generation')
-    return this.#change('pin a generation', async () => {
-      const succession = this.#succession!
-      await succession.earlier(number)
-      const generation = number === succession.number ? succession.source!.generation : await this.#switchTo(number)
-      await succession.pin(number)
-      return generation
-    })
+    return this.#changes!.pin(number)
   }
 
   /** Has forks come from the newest generation again. @throws STOPPED */
   async unpin(): Promise<void> {
     this.#requireRunning('unpin the generation')
-    await this.#change('unpin the generation', async () => {
-      const succession = this.#succession!
-      if (succession.pinned === undefined) return
-      await succession.pin(undefined)
-      const newest = await succession.newest()
-      if (newest && newest.number !== succession.number) await this.#switchTo(newest.number)
-    })
+    await this.#changes!.unpin()
   }
 
   /**
@@ -460,7 +390,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       uptimeMs: Date.now() - this.#startedAt.getTime(),
       generation: this.generation,
       pinned: this.pinned,
-      reforkDecision: this.#decision,
+      reforkDecision: this.#changes?.decision,
       template: this.template,
       pool: this.pool,
       workers: { size: this.workers.size, outdated: this.workers.outdated },
@@ -486,6 +416,14 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     signal.throwIfAborted()
     await this.#startGuard()
     signal.throwIfAborted()
+    this.#boots = new Boot({
+      options: this.#options,
+      identity: this.#identity,
+      mark: this.#mark,
+      guard: () => this.#guard,
+      agents: () => this.#agents,
+      isForCriu: () => this.#engine?.name === 'criu',
+    })
     this.#engine = await this.#openEngine()
     signal.throwIfAborted()
     await this.#waitForEarlier()
@@ -500,7 +438,6 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     const canReuse = reuse !== false && this.engine === 'criu'
     const isReused = canReuse && (await this.#phase('reuse', () => this.#restart(reuse)))
     if (!isReused) await this.#boot()
-    this.#inUse = { sinceMs: performance.now(), forks: 0 }
     signal.throwIfAborted()
     this.#serveWorkers(this.#template)
     this.#pool = new Pool({
@@ -519,9 +456,36 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         this.#succession?.prune()
       },
     })
+    this.#changes = this.#openChanges()
     await this.#phase('pool', () => Promise.all([this.#pool!.fill(), this.#crew!.start()]))
     await this.#endSpare()
-    this.#driver = this.#openDriver()
+  }
+
+  #openChanges(): Changes {
+    const changes = new Changes({
+      engine: this.#engine!,
+      succession: this.#succession!,
+      options: this.#options,
+      signal: this.#over.signal,
+      children: () => this.children,
+      childOf: (forked) => this.#childOf(forked),
+      resumption: () => ({ input: { env: this.#agents!.secrets } }),
+      requireRunning: (tried) => this.#requireRunning(tried),
+      note: (generation) => this.#noteGeneration(generation),
+      follow: async (isBad) => {
+        this.#crashes.reset()
+        void this.#crew?.rollOut()
+        await this.#pool?.turnOver(isBad)
+      },
+      info: (message) => this.#log.info(message),
+      warn: (kind, message, cause) => this.#warn(kind, message, cause),
+    })
+    changes.on('generation', (generation) => this.emit('generation', generation))
+    changes.on('reforkDecision', (decision) => this.emit('reforkDecision', decision))
+    changes.on('refork', (refork) => this.emit('refork', refork))
+    changes.on('reforkFailed', (error) => this.emit('reforkFailed', error))
+    changes.on('rollback', (to, from, reason) => this.emit('rollback', to, from, reason))
+    return changes
   }
 
   /** Boots the template and takes the first generation of it. */
@@ -529,14 +493,14 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     const { command, template: settings, ready, warmup } = this.#options
     const signal = this.#over.signal
     const template = await this.#phase('boot', async () => {
-      this.#template = await this.#startTemplate()
+      this.#template = await this.#boots!.start()
       return this.#template
     })
     template.on('output', (stream, chunk) => this.emit('templateOutput', stream, chunk))
     await this.#phase('ready', () => untilReady(template, ready, command, signal))
     this.#readyMs = Date.now() - template.startedAt
     this.#log.info(`template=${this.name} pid=${template.pid} ready ms=${this.#readyMs}`)
-    if (warmup) await this.#phase('warmup', () => warmUp(template, warmup, this.#warmupSurroundings(), signal))
+    if (warmup) await this.#phase('warmup', () => this.#boots!.warm(template, signal))
     // A cold start carries nothing over that could be in hand.
     if (this.#engine!.name !== 'spawn') {
       await this.#phase('rest', () => untilAtRest(template, command, settings.restTimeoutMs, signal))
@@ -559,7 +523,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     const { command, cwd, ready, trial } = this.#options
     const uid = this.#identity?.uid ?? process.getuid?.() ?? 0
     const gid = this.#identity?.gid ?? process.getgid?.() ?? 0
-    const declaredEnv = this.#declared(await this.#environment())
+    const declaredEnv = await this.#boots!.declaredEnv()
     const circumstances = { command, cwd, uid, gid, declaredEnv, options: bakedOptions(this.#options) }
     this.#origin = { ...circumstances, pid: 0, stdioInodes: [0n, 0n, 0n], channels: [] }
     const { generation, others, watched } = await restart({
@@ -583,7 +547,6 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
     this.#watched = watched
     if (generation === undefined) return false
     this.#log.info(`generation=${generation} is in use, without a boot`)
-    this.#canary.watch(this.#succession!.source!.generation.reforks > 0 ? generation : 0)
     for (const warning of this.#succession!.source!.generation.warnings) this.#warn('generation', warning)
     if (reuse.verify === 'later') this.#verifyLater(generation, others)
     return true
@@ -605,47 +568,6 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       .catch((error) => this.#warn('reuse', `no other generation could be used either: ${error}`, error))
     this.#inFlight.add(verified)
     void verified.then(() => this.#inFlight.delete(verified))
-  }
-
-  /** Undefined where no refork is made but those that are asked for. */
-  #openDriver(): ReforkDriver | undefined {
-    const { refork } = this.#options
-    if (refork === false) return undefined
-    if (this.engine === 'spawn') {
-      this.#warn('refork', 'no refork is made, since the spawn engine starts each fork cold')
-      return undefined
-    }
-    const policy = new ReforkPolicy(refork)
-    return new ReforkDriver({
-      policy,
-      looksAtMemory: policy.looksAtMemory,
-      children: () => this.children,
-      generation: () => ({
-        ...this.#inUse,
-        number: this.generation,
-        reforks: this.#succession!.source!.generation.reforks,
-      }),
-      whyNot: () => {
-        if (this.#state !== 'running') return 'the supervisor does not run'
-        if (this.pinned !== undefined) return `generation ${this.pinned} is pinned`
-        return this.#reforking || this.#changes.pending > 0 ? 'a change of the generation is under way' : undefined
-      },
-      refork: (from, reason) => this.refork({ from, reason }),
-      onDecision: (decision) => this.#noteDecision(decision),
-      warn: (message, cause) => this.#warn('refork', message, cause),
-    })
-  }
-
-  #noteDecision(decision: ReforkDecision): void {
-    // Figures change each time: who wants to see each of them asks for the statistics.
-    const kind = ({ from, why }: ReforkDecision) => `${from} ${why.replace(/[\d.]+/g, '')}`
-    const isNews = this.#decision === undefined || kind(this.#decision) !== kind(decision)
-    this.#decision = decision
-    if (!isNews) return
-    this.#log.info(
-      decision.from === undefined ? `no refork: ${decision.why}` : `refork of child ${decision.from}: ${decision.why}`,
-    )
-    this.emit('reforkDecision', decision)
   }
 
   /** A supervisor of this name that was killed: its guard may still be ending what it made. */
@@ -671,92 +593,6 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       keep,
       warn: (message, cause) => this.#warn('prune', message, cause),
     })
-  }
-
-  /** One change after the other; what was asked for and has not begun when the supervisor stops is refused. */
-  #change<T>(tried: string, work: () => Promise<T>): Promise<T> {
-    const done = this.#changes.add(async () => {
-      this.#requireRunning(tried)
-      try {
-        return await work()
-      } catch (error) {
-        throw this.#state === 'running' ? error : this.#stopped(tried)
-      }
-    }) as Promise<T>
-    const settled = done.then(
-      () => {},
-      () => {},
-    )
-    this.#inFlight.add(settled)
-    void settled.then(() => this.#inFlight.delete(settled))
-    return done
-  }
-
-  async #refork(from: Child | undefined, reason: string): Promise<GenerationInfo> {
-    const { memory, descriptors, checkpointTimeoutMs, hookTimeoutMs, template, trial, ready } = this.#options
-    const succession = this.#succession!
-    const signal = this.#over.signal
-    let made: GenerationInfo | undefined
-    try {
-      const refork = await reforkOneOf(candidates(this.children, succession.number, from), reason, {
-        engine: this.#engine!,
-        checkpoint: { memory, descriptors, timeoutMs: checkpointTimeoutMs },
-        hookTimeoutMs,
-        restTimeoutMs: template.restTimeoutMs,
-        signal,
-        warn: (message) => this.#warn('refork', message),
-      })
-      made = refork.generation
-      await tryGeneration(made.number, {
-        ...trial,
-        engine: this.#engine!,
-        ready,
-        resumption: { input: { env: this.#agents!.secrets } },
-        signal,
-        childOf: (forked) => this.#childOf(forked),
-      })
-      await succession.approve(made.number)
-      this.#noteGeneration(made)
-      const { pid, restMs, standstillMs } = refork
-      this.#log.info(
-        `generation=${made.number} from child pid=${pid} (${reason}) rest ms=${restMs.toFixed(0)} stood still ms=${standstillMs.toFixed(0)}`,
-      )
-      if (succession.pinned === undefined) {
-        await this.#switchTo(made.number)
-        this.emit('generation', made)
-      }
-      this.emit('refork', refork)
-      return made
-    } catch (error) {
-      if (made) {
-        // Where it cannot be removed, it is not approved: a later start tries it before it uses it.
-        const { number } = made
-        await this.#engine!.discard(number).catch((failure) =>
-          this.#warn('prune', `generation ${number}, which is bad, could not be removed: ${failure}`, failure),
-        )
-      }
-      if (this.#state === 'running') {
-        this.#warn('refork', `generation ${succession.number} serves on, since a refork failed: ${error}`, error)
-        this.emit('reforkFailed', error as Error)
-      }
-      throw error
-    }
-  }
-
-  /**
-   * Forks, pool and workers follow. `isBad`: nobody is to have a child of the generation before any more; else the parked ones of it
-   * are given until there are others.
-   */
-  async #switchTo(number: number, isBad = false): Promise<GenerationInfo> {
-    const generation = await this.#succession!.switchTo(number)
-    this.#crashes.reset()
-    this.#inUse = { sinceMs: performance.now(), forks: 0 }
-    this.#canary.watch(generation.reforks > 0 ? number : 0)
-    this.#log.info(`generation=${number} is in use`)
-    void this.#crew?.rollOut()
-    await this.#pool?.turnOver(isBad)
-    this.#succession!.prune()
-    return generation
   }
 
   async #forkWorker(): Promise<Child> {
@@ -813,7 +649,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   async #openEngine(): Promise<Engine> {
     const { engine } = this.#options
-    if (engine === 'spawn') return this.#spawnEngine()
+    if (engine === 'spawn') return this.#boots!.spawnEngine()
     try {
       if (process.platform !== 'linux') {
         throw new WarmforkError('CRIU_MISSING', {
@@ -840,80 +676,12 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       const cannot = error instanceof WarmforkError && CRIU_CANNOT.has(error.code)
       if (engine === 'criu' || !cannot) throw error
       this.#warn('engine-spawn', `each fork is a cold start, since CRIU cannot be used here: ${error.message}`, error)
-      return this.#spawnEngine()
+      return this.#boots!.spawnEngine()
     }
-  }
-
-  #spawnEngine(): Engine {
-    const { command, ready, warmup } = this.#options
-    return new SpawnEngine({
-      hookTimeoutMs: this.#options.hookTimeoutMs,
-      start: (stdio) => this.#startTemplate(stdio),
-      boot: async (signal) => {
-        const template = await this.#startTemplate()
-        try {
-          await untilReady(template, ready, command, signal)
-          if (warmup) await warmUp(template, warmup, this.#warmupSurroundings(), signal)
-          await this.#agents?.heard(template)
-          return template
-        } catch (error) {
-          await template.end(0)
-          throw error
-        }
-      },
-    })
   }
 
   get #mark(): string {
     return `WARMFORK_ID_${this.#token}`
-  }
-
-  async #startTemplate(stdio?: StdioFds): Promise<Template> {
-    const { command, cwd } = this.#options
-    const env = await this.#environment()
-    const template = await Template.start(
-      {
-        command,
-        cwd,
-        env,
-        declaredEnv: this.#declared(env),
-        identity: this.#identity,
-        tty: this.#options.template.tty,
-      },
-      stdio,
-    )
-    this.#guard?.track(template.pid, template.startTicks)
-    this.#agents?.expect(template)
-    template.exited.then(() => this.#guard?.forget(template.pid))
-    return template
-  }
-
-  #declared(env: Readonly<Record<string, string>>): Record<string, string> {
-    const keys = this.#options.declaredEnv
-    return Object.fromEntries(keys.flatMap((key) => (env[key] === undefined ? [] : [[key, env[key]]])))
-  }
-
-  async #environment(): Promise<Record<string, string>> {
-    const identity = this.#identity
-    // What a login would set; the supervisor's own are another user's.
-    const own = identity?.name
-      ? { USER: identity.name, LOGNAME: identity.name, ...(identity.home ? { HOME: identity.home } : {}) }
-      : {}
-    const known: Record<string, string> = { ...this.#options.env, ...own, [this.#mark]: '1' }
-    const env = this.#agents?.environment(known) ?? known
-    if (this.#engine?.name !== 'criu') return env
-    const { installShim, preloadEnvironment, shimPath, whyNotPreloadable } = await import('./shim/shim.js')
-    const built = shimPath()
-    if (built === undefined) return env
-    const others = identity !== undefined && identity.uid !== process.getuid?.()
-    if (!others && whyNotPreloadable(built) === undefined) return preloadEnvironment(env, built)
-    // In the store: the runtime directory is often mounted noexec.
-    return preloadEnvironment(env, installShim(join(this.store, this.name, 'shim')))
-  }
-
-  #warmupSurroundings() {
-    const { cwd, env } = this.#options
-    return { cwd, env: { ...env, [this.#mark]: '1' }, uid: this.#identity?.uid, gid: this.#identity?.gid }
   }
 
   async #checkpoint(template: Template): Promise<GenerationInfo> {
@@ -1122,25 +890,11 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
 
   #adopt(child: Child, ms: number): void {
     this.#children.add(child)
-    if (child.generation === this.generation) this.#inUse.forks++
-    if (this.#canary.forked(child.generation)) this.#watch(child)
+    this.#changes?.forked(child)
     if (this.#options.orphans === 'leave') for (const pid of child.sparedPids) this.#guard?.spare(pid)
     this.#log.info(`child pid=${child.pid} gen=${child.generation} forked ms=${ms.toFixed(1)}`)
     child.exit.then((status) => this.#ended(child, status))
     this.emit('child', child)
-  }
-
-  /** One of the first children of a generation that a refork made. */
-  #watch(child: Child): void {
-    void child.exit.then((status) => {
-      if (this.#state !== 'running' || !isCrash(status)) return
-      const { generation } = child
-      const reason = this.#canary.crashed(generation)
-      if (reason === undefined || generation !== this.generation) return
-      this.rollback({ reason }).catch((error) =>
-        this.#warn('rollback', `generation ${generation} is bad (${reason}), and stays in use: ${error}`, error),
-      )
-    })
   }
 
   #ended(child: Child, status: ExitStatus): void {
@@ -1197,7 +951,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
         failures.push(error)
       }
     }
-    this.#driver?.close()
+    await step(() => this.#changes?.close())
     await step(() => this.#crew?.close())
     await step(() => this.#pool?.close())
     await step(() => this.#endSpare())

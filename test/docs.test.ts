@@ -216,7 +216,10 @@ describe('docs/options.md', () => {
   })
 
   test('has every event of a supervisor, and no other', () => {
-    const events = supervisor.get('SupervisorEvents')!.map(({ name }) => name)
+    const events = [
+      ...supervisor.get('SupervisorEvents')!,
+      ...membersOf('src/refork/changes.ts').get('ChangeEvents')!,
+    ].map(({ name }) => name)
     const table = section(page, '## Supervisor').split('It is an event emitter:')[1]!
     expect([...rowsOf(table).keys()].sort()).toEqual(events.sort())
   })
