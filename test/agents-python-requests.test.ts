@@ -19,7 +19,7 @@ const BROUGHT = [
 ]
 const start = (kind: string, interpreter = python) =>
   Serving.start(
-    { command: [interpreter, PROGRAM, kind] },
+    { command: [interpreter, PROGRAM, kind], forks: kind.startsWith('gunicorn') },
     { env: { PYTHONPATH: packages ? `${PYTHON_AGENT}:${packages}` : PYTHON_AGENT } },
   )
 
@@ -181,6 +181,6 @@ describe.skipIf(!ENGINES.includes('criu'))('a Python child that is reforked unde
   const place = usePlace('criu')
   test.each(['http', 'wsgi', ...BROUGHT])('loses nothing, and nothing of it runs in a fork: %s', async (kind) => {
     const env = packages ? { PYTHONPATH: packages } : {}
-    await reforkUnderLoad(place.current, { command: [python, PROGRAM, kind], env })
+    await reforkUnderLoad(place.current, { command: [python, PROGRAM, kind], env, forks: kind.startsWith('gunicorn') })
   })
 })

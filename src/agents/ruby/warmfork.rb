@@ -149,11 +149,12 @@ module Warmfork
     end
 
     # Counts the block as a request, where no server is known. Before a refork it waits until it is over. In a fork a block that
-    # waited does not run: then it raises an exception.
-    def count_request(name = nil, &block)
+    # waited does not run: then it raises an exception. `name` is for messages. With `socket`, that of the connection, also a request
+    # that had been read and had not begun is seen in a fork.
+    def count_request(name = nil, socket: nil, &block)
       raise ArgumentError, 'no block given' unless block
 
-      @requests.count(name, &block)
+      @requests.count(name, socket, &block)
     end
 
     # Says that no others may be forked from this process from now on: it is never reforked. It cannot be taken back. `fork` of the
@@ -213,7 +214,7 @@ module Warmfork
     # Those until now are the source's. What it holds back is let go of by who holds it.
     def renew_requests
       @requests.over!
-      @requests = Requests.new
+      @requests = Requests.new(blind: @requests.blind)
     end
 
     def become(message)

@@ -145,18 +145,20 @@ def count_requests(app):
 class request:
     """`with warmfork.request():` counts the block as a request, where no server is known. Before a refork it waits until it is over.
 
-    In a fork a block that waited does not run: then it raises an exception.
+    In a fork a block that waited does not run: then it raises an exception. `name` is for messages. With `socket`, that of the
+    connection, also a request that had been read and had not begun is seen in a fork.
     """
 
-    def __init__(self, name=None):
+    def __init__(self, name=None, socket=None):
         self._name = name
+        self._socket = socket
         self._request = None
 
     def __enter__(self):
         from ._requests import begin
 
         _agent.agent.count()
-        self._request = begin(_agent.agent, self._name)
+        self._request = begin(_agent.agent, self._name, None, self._socket)
 
     def __exit__(self, *_):
         if self._request is not None:
