@@ -177,6 +177,11 @@ export interface Engine {
   checkpoint(source: SourceProcess, options: CheckpointOptions): Promise<GenerationInfo>
   /** Throws GENERATION_NOT_FOUND, GENERATION_CORRUPT, GENERATION_MISFIT. */
   open(generation: number, options?: OpenOptions): Promise<ForkSource>
+  /**
+   * Makes a generation with the same content, whose memory stands in one file of its own; one that is so already is given back
+   * itself. Absent: generations hold no memory. Throws GENERATION_NOT_FOUND, GENERATION_CORRUPT, GENERATION_MISFIT, DISK_FULL.
+   */
+  flatten?(generation: number): Promise<GenerationInfo>
   /** Removes a generation, unless somebody uses it: then false. */
   discard(generation: number): Promise<boolean>
   /** The generations that outlive their supervisor and can be used, the oldest first. */

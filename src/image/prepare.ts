@@ -73,6 +73,9 @@ export interface PreparedImage {
   /** What was edited, for people. */
   edits: {
     sharedBytes: number
+    /** Of what is shared: what the processes wrote, and what older page files hold and was written once more, for fewer mappings. */
+    writtenBytes: number
+    flattenedBytes: number
     mappings: number
     wipedRanges: number
     sizeChecksDropped: string[]
@@ -114,19 +117,20 @@ export async function prepare(options: PrepareOptions): Promise<PreparedImage> {
     const listeners = inheritListeners(set)
     const terminal = inheritTerminal(set)
 
-    await writeImage(set, options, new Map(spaces.map((space) => [space.pid, space.pagesId])), plan)
-    const pageFileRuns = plan.pageFileSize > 0 ? await writePageFile(options, spaces, plan) : []
+    const pageFileRuns = await writePrepared(set, options, spaces, plan)
     const all = places.flat()
     return {
       pageFileRuns,
       pageFileSize: plan.pageFileSize,
       inherited: plan.inherited,
-      copiedBytes: spaces.reduce((sum, { pid, pagesId }) => sum + copiedBytes(options.target, pid, pagesId, plan), 0),
+      copiedBytes: copiedBytes(options.target, spaces, plan),
       listeners,
       reconnected: detached?.reconnected ?? [],
       terminal,
       edits: {
         sharedBytes: pageFileRuns.reduce((sum, [, length]) => sum + length, 0),
+        writtenBytes: plan.written.firstBytes,
+        flattenedBytes: plan.written.againBytes,
         mappings: plan.mappings,
         wipedRanges: wiped.reduce((sum, ranges) => sum + ranges.length, 0),
         ...detached?.edits,
@@ -152,14 +156,32 @@ function sameSize(path: string, sizeBytes: number | undefined): boolean {
   }
 }
 
-function copiedBytes(target: string, pid: number, pagesId: number, plan: MemoryPlan): number {
-  const kept = plan.kept.get(pid)
-  return kept ? kept.reduce((sum, { length }) => sum + length, 0) : statSync(join(target, pagesFile(pagesId))).size
+/** What each fork copies. */
+export function copiedBytes(target: string, spaces: readonly AddressSpace[], plan: MemoryPlan): number {
+  const sizes = spaces.map(({ pid, pagesId }) => {
+    const kept = plan.kept.get(pid)
+    return kept ? kept.reduce((sum, { length }) => sum + length, 0) : statSync(join(target, pagesFile(pagesId))).size
+  })
+  return sizes.reduce((sum, size) => sum + size, 0)
+}
+
+/** Where an edited image comes from and goes to. */
+export type ImagePlaces = Pick<PrepareOptions, 'source' | 'target' | 'pageFile'>
+
+/** Writes an image as edited and planned. Gives the stretches of its page file that hold data. */
+export async function writePrepared(
+  set: ImageSet,
+  places: ImagePlaces,
+  spaces: readonly AddressSpace[],
+  plan: MemoryPlan,
+): Promise<[number, number][]> {
+  await writeImage(set, places, new Map(spaces.map((space) => [space.pid, space.pagesId])), plan)
+  return plan.pageFileSize > 0 ? writePageFile(places, spaces, plan) : []
 }
 
 async function writeImage(
   set: ImageSet,
-  options: PrepareOptions,
+  options: ImagePlaces,
   pagesIds: ReadonlyMap<number, number>,
   plan: MemoryPlan,
 ): Promise<void> {
@@ -188,7 +210,7 @@ async function copyRuns(from: string, to: string, runs: readonly KeptRun[]): Pro
 }
 
 async function writePageFile(
-  options: PrepareOptions,
+  options: ImagePlaces,
   spaces: readonly AddressSpace[],
   plan: MemoryPlan,
 ): Promise<[number, number][]> {

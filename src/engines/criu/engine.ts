@@ -50,12 +50,14 @@ import type {
 } from '../engine.js'
 import { type Criu, findCriu, formatVersion } from './binary.js'
 import { dump } from './dump.js'
+import { flattenInto, isFlat } from './flatten.js'
 import { CriuForkSource } from './fork-source.js'
 import { Launcher, type ProcessRegistry, type Worker } from './launcher.js'
 import { encodeWiped, Lineage } from './lineage.js'
 import { addressWords, bindListeners, describeSocket, type SharedSocket, type SocketSettings } from './listening.js'
 import { chooseMemory } from './memory-choice.js'
 import { enterNamespaceOf, PidNamespace, requireInit } from './namespace.js'
+import { pageFileName } from './page-file-name.js'
 import { forkError } from './restorer.js'
 import { hasFileCapabilities, requireRights } from './rights.js'
 import { remakePaths, type SharedPath, sharedPaths } from './shared-paths.js'
@@ -103,9 +105,6 @@ const AHEAD = 2
 
 /** A tmpfs on every Linux; programs may not be mapped from it in some containers, which does not matter here. */
 const SHARED_MEMORY = '/dev/shm'
-
-/** The shim knows page files by the end of their names; a generation has its own and those that it inherited. */
-const pageFileName = (generation: number) => `memory-${generation}.warmfork-pages`
 
 export class CriuEngine implements Engine {
   readonly name = 'criu'
@@ -404,6 +403,17 @@ export class CriuEngine implements Engine {
     if ([...this.#sources].some(({ generation, ports }) => generation.number === number && !ports)) return
     this.#remade.delete(number)
     this.#sockets.release(number)
+  }
+
+  async flatten(number: number): Promise<GenerationInfo> {
+    const generation = await this.store.get(number)
+    if (isFlat(generation)) return generation.info
+    this.#checkFit(generation)
+    const made = await flattenInto(this.store, generation, { keepsIds: this.#options.identity === 'namespace' })
+    // The other one may be removed before this one is forked from.
+    if (this.#sockets.has(number)) this.#sockets.have(made.number, sharedSocketsOf(made))
+    this.#unopened.set(made.number, made)
+    return made.info
   }
 
   async list(): Promise<readonly GenerationInfo[]> {

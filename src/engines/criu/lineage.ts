@@ -6,6 +6,7 @@ import { join } from 'node:path'
 import type { Draft } from '../../generations/draft.js'
 import type { Generation } from '../../generations/generation.js'
 import type { EarlierCopy, FileToKeep } from '../../generations/kept-files.js'
+import type { Json } from '../../generations/manifest.js'
 import type { NamedFile } from '../../image/contents.js'
 import type { InheritedPageFile } from '../../image/edits/memory.js'
 import type { Range } from '../../image/edits/wipe.js'
@@ -78,15 +79,10 @@ export class Lineage {
    */
   wiped(pids: readonly number[]): Map<number, Range[]> {
     const { engineData, processes } = this.parent.manifest
-    const wiped = (engineData as { wiped?: WipedProcess[] } | null)?.wiped ?? []
     const found = new Map<number, Range[]>()
-    for (const { pid, ranges } of wiped) {
+    for (const [pid, ranges] of decodeWiped(engineData)) {
       const now = pids[processes.findIndex((process) => process.pid === pid)]
-      if (now !== undefined)
-        found.set(
-          now,
-          ranges.map(([start, end]) => ({ start: BigInt(`0x${start}`), end: BigInt(`0x${end}`) })),
-        )
+      if (now !== undefined) found.set(now, ranges)
     }
     return found
   }
@@ -97,4 +93,15 @@ export function encodeWiped(wiped: ReadonlyMap<number, readonly Range[]>): Wiped
   return [...wiped]
     .filter(([, ranges]) => ranges.length > 0)
     .map(([pid, ranges]) => ({ pid, ranges: ranges.map(({ start, end }) => [start.toString(16), end.toString(16)]) }))
+}
+
+/** The reverse: what the data of an engine in a manifest say of it. */
+export function decodeWiped(engineData: Json): Map<number, Range[]> {
+  const wiped = (engineData as unknown as { wiped?: WipedProcess[] } | null)?.wiped ?? []
+  return new Map(
+    wiped.map(({ pid, ranges }) => [
+      pid,
+      ranges.map(([start, end]) => ({ start: BigInt(`0x${start}`), end: BigInt(`0x${end}`) })),
+    ]),
+  )
 }

@@ -39,6 +39,8 @@ export interface MemoryPlan {
   mappings: number
   /** Names of the inherited page files that are mapped still. */
   inherited: string[]
+  /** What is written for the first time, and what older page files hold and is written once more, in bytes. */
+  written: { firstBytes: number; againBytes: number }
 }
 
 /** A page file of the generation that the processes were forked from. */
@@ -59,6 +61,8 @@ export interface MemoryEdit {
   pageFilePath: string
   /** Those that the processes map already. @default none */
   inherited?: readonly InheritedPageFile[]
+  /** Whether all that maps an inherited page file moves to the new one, whatever it costs. @default false */
+  flatten?: boolean
   /** All living processes. */
   processes: readonly {
     memory: AddressSpace
@@ -149,12 +153,13 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
     const file = mappable.has(id) ? paths.get(id) : undefined
     return file !== undefined && edit.isUnchanged(file.name, file.size === undefined ? undefined : Number(file.size))
   }
-  const retired = retiredFiles(set, edit.processes, inheritedOf)
+  const { flatten = false } = edit
+  const retired = flatten ? new Set(inheritedById.values()) : retiredFiles(set, edit.processes, inheritedOf)
   const wanted = edit.processes.map((process) => {
     const { vmas } = set.memory(process.memory.pid)
     const isLeftAlone = (vma: VmaEntry) =>
       process.leaveAlone.some(({ start, end }) => start < vma.end && vma.start < end)
-    const regions = regionsOf(vmas, process, isLeftAlone, inheritedOf)
+    const regions = regionsOf(vmas, process, isLeftAlone, inheritedOf, flatten)
     const inRegions = new Set(regions.flat())
     const others = vmas.flatMap((vma) => {
       if (inRegions.has(vma) || isLeftAlone(vma) || inheritedOf(vma)) return []
@@ -168,7 +173,14 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
   const slotCount = wanted.reduce((sum, { stretches }) => sum + stretches.length, 0)
   const gap = Math.max(SLOT_ALIGNMENT, Math.min(SLOT_GAP, Math.floor(PAGE_FILE_LIMIT / Math.max(1, slotCount))))
 
-  const plan: MemoryPlan = { copies: [], kept: new Map(), pageFileSize: 0, mappings: 0, inherited: [] }
+  const plan: MemoryPlan = {
+    copies: [],
+    kept: new Map(),
+    pageFileSize: 0,
+    mappings: 0,
+    inherited: [],
+    written: { firstBytes: 0, againBytes: 0 },
+  }
   const entries = new PageFileEntries(files)
   for (const { memory, runs, keepOut, vmas, stretches } of wanted) {
     const changesPages = stretches.length > 0 || lengthOf(runs) !== lengthOf(memory.runs)
@@ -224,6 +236,10 @@ export function planMemory(set: ImageSet, edit: MemoryEdit): MemoryPlan {
     writePagemap(set, `pagemap-${memory.pid}.img`, kept)
   }
   plan.inherited = (edit.inherited ?? []).filter(({ path }) => entries.has(path)).map(({ name }) => name)
+  for (const { source, length } of plan.copies) {
+    if (source.kind === 'file' && bySeenPath.has(source.path)) plan.written.againBytes += length
+    else plan.written.firstBytes += length
+  }
   const remaining = withoutPageFiles(set, files, inheritedById)
   if (entries.list.length > 0 || remaining.length < files.length) {
     set.put('files.img', FileEntry, [...remaining, ...entries.list])
@@ -312,12 +328,14 @@ function regionsOf(
   { isShared }: ProcessMemory,
   isLeftAlone: (vma: VmaEntry) => boolean,
   inheritedOf: InheritedOf,
+  flatten: boolean,
 ): VmaEntry[][] {
   const regions: VmaEntry[][] = []
   if (!vmas.some(inheritedOf)) return regions
   for (const vma of vmas) {
+    // What is locked, say, maps a file of ours already, and maps the other one just as well.
     const canMove = inheritedOf(vma)
-      ? isPlain(vma, VMA_STATUS.FILE_PRIVATE, PLAIN_FILE)
+      ? flatten || isPlain(vma, VMA_STATUS.FILE_PRIVATE, PLAIN_FILE)
       : isShared && isPlain(vma, VMA_STATUS.ANON_PRIVATE, PLAIN_ANONYMOUS)
     if (!canMove || isLeftAlone(vma)) continue
     const region = regions.at(-1)
