@@ -1,6 +1,7 @@
 /** `npm run -s bench -- NAME …`: one bench a file; each prints one JSON object, or a table without `--json`. */
 const benches: Readonly<Record<string, () => Promise<(args: readonly string[]) => Promise<void>>>> = {
   fork: async () => (await import('./fork.js')).benchFork,
+  refork: async () => (await import('./refork.js')).benchRefork,
   'worker-fork': async () => (await import('./worker-fork.js')).benchWorkerFork,
 }
 

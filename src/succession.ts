@@ -26,6 +26,8 @@ export class Succession {
   readonly #options: SuccessionOptions
   #current: Opened | undefined
   readonly #closing = new Set<Promise<void>>()
+  /** Numbers of those that were in use in this life. */
+  readonly #used = new Set<number>()
   #pruning: Promise<void> | undefined
   #pruneAgain = false
   #isClosed = false
@@ -58,6 +60,7 @@ export class Succession {
     const source = await this.#options.engine.open(number)
     const before = this.#current
     this.#current = { source, users: 0, isOver: false }
+    this.#used.add(number)
     if (before) {
       before.isOver = true
       if (before.users === 0) this.#close(before)
@@ -84,7 +87,8 @@ export class Succession {
   }
 
   /**
-   * The generation that a rollback goes to: the given one, else the newest one before the current that was not rejected.
+   * The generation that a rollback goes to: the given one, else the newest one before the current that was not rejected, and that the
+   * current one comes from or that was in use before it. Others in the store can be of another version of the application.
    * @throws GENERATION_NOT_FOUND, GENERATION_MISFIT for one that was rejected
    */
   async earlier(to?: number): Promise<GenerationInfo> {
@@ -96,8 +100,11 @@ export class Succession {
         throw new WarmforkError('GENERATION_MISFIT', { tried, happened: `it was rejected: ${reason}` })
       }
     }
+    const related = new Set([...this.#used, ...ancestors(this.number, all)])
     const found = all.findLast(({ number }) =>
-      to === undefined ? number < this.number && this.whyNot(number) === undefined : number === to,
+      to === undefined
+        ? number < this.number && related.has(number) && this.whyNot(number) === undefined
+        : number === to,
     )
     if (found) return found
     const happened =
@@ -172,4 +179,12 @@ export class Succession {
     if (this.#current) this.#current.isOver = true
     await Promise.all(this.#closing)
   }
+}
+
+/** The generations that one was made of, one of the other. */
+function ancestors(number: number, all: readonly GenerationInfo[]): number[] {
+  const found: number[] = []
+  const parents = new Map(all.map((one) => [one.number, one.parent]))
+  for (let at = parents.get(number); at; at = parents.get(at)) found.push(at)
+  return found
 }
