@@ -27,6 +27,8 @@ export interface ChildStats {
   readonly state: ChildState
   /** That it has answered, as far as they are counted. */
   readonly requests: number
+  /** Whether anybody counts them. */
+  readonly isCounted: boolean
   /** Memory that it has to itself. */
   readonly privateBytes: number
   /** Resident and shared with its siblings, or with others. */
@@ -306,6 +308,7 @@ export class Child extends EventEmitter<ChildEvents> {
       generation: this.generation,
       state: this.#state,
       requests: this.requests,
+      isCounted: this.isCounted,
       ...memory,
       cpuPercent,
       cpuSeconds: cpuMs / 1000,
@@ -423,6 +426,11 @@ export class Child extends EventEmitter<ChildEvents> {
   /** Requests that it has answered: as its agents count them, and as `countRequests` was told. */
   get requests(): number {
     return this.#counted.requests + (this.#agents?.requests.total ?? 0)
+  }
+
+  /** Whether its agents count requests, or `countRequests` was told of some. */
+  get isCounted(): boolean {
+    return this.#counted.requests > 0 || (this.#agents?.links.some(({ hello }) => hello.counts === true) ?? false)
   }
 
   /** The sum of the times of its requests, from begin to answer, in milliseconds, as far as they are known. */

@@ -44,7 +44,7 @@ export type {
   WorkerOptions,
 } from './options.js'
 export type { PoolState } from './pool.js'
-export type { ReforkOptions, RollbackOptions } from './refork/changes.js'
+export type { LastRefork, ReforkOptions, RollbackOptions } from './refork/changes.js'
 export type { ObservedChild, ReforkDecision, ReforkObservation } from './refork/observation.js'
 export type { ReforkFunction, ReforkSetting, ReforkThresholds, ReforkVerdict } from './refork/policy.js'
 export type { Refork } from './refork/refork.js'

@@ -25,7 +25,13 @@ import { type ResolvedOptions, resolveOptions, type SupervisorOptions } from './
 import { keptIdWarnings, pidWarnings, repeatWarnings } from './pid-sensitive.js'
 import { Pool, type PoolState } from './pool.js'
 import { untilReady } from './readiness.js'
-import { type ChangeEvents, Changes, type ReforkOptions, type RollbackOptions } from './refork/changes.js'
+import {
+  type ChangeEvents,
+  Changes,
+  type LastRefork,
+  type ReforkOptions,
+  type RollbackOptions,
+} from './refork/changes.js'
 import type { ReforkDecision } from './refork/observation.js'
 import { tryGeneration } from './refork/trial.js'
 import { untilAtRest } from './rest.js'
@@ -103,6 +109,8 @@ export interface SupervisorStats {
   readonly pinned: number | undefined
   /** What the policy of reforks decided last, and why; undefined where there is none. */
   readonly reforkDecision: ReforkDecision | undefined
+  /** The refork that was made last, or came to nothing; undefined where there was none. */
+  readonly lastRefork: LastRefork | undefined
   readonly pool: PoolState
   readonly workers: { readonly size: number; readonly outdated: number }
   readonly children: readonly ChildStats[]
@@ -391,6 +399,7 @@ export class Supervisor extends EventEmitter<SupervisorEvents> {
       generation: this.generation,
       pinned: this.pinned,
       reforkDecision: this.#changes?.decision,
+      lastRefork: this.#changes?.lastRefork,
       template: this.template,
       pool: this.pool,
       workers: { size: this.workers.size, outdated: this.workers.outdated },

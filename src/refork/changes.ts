@@ -31,6 +31,19 @@ export interface RollbackOptions {
   reason?: string
 }
 
+/** The refork that was made last, or that came to nothing last. */
+export interface LastRefork {
+  /** When it was over. */
+  readonly at: Date
+  readonly reason: string
+  /** Of the child that it was taken of, or was to be; undefined where none was found. */
+  readonly pid?: number
+  /** Number of the generation that it made; undefined where it failed. */
+  readonly generation?: number
+  /** Why it failed. */
+  readonly error?: Error
+}
+
 export interface ChangeEvents {
   /** A new generation is in use. */
   generation: [generation: GenerationInfo]
@@ -74,6 +87,7 @@ export class Changes extends EventEmitter<ChangeEvents> {
   readonly #canary: Canary
   readonly #driver: ReforkDriver | undefined
   #decision: ReforkDecision | undefined
+  #lastRefork: LastRefork | undefined
   /** Of the generation in use: since when, and how many forks were made of it. */
   #inUse = { sinceMs: performance.now(), forks: 0 }
   #reforking: { readonly from: Child | undefined; readonly done: Promise<GenerationInfo> } | undefined
@@ -90,6 +104,11 @@ export class Changes extends EventEmitter<ChangeEvents> {
   /** What the policy decided last. */
   get decision(): ReforkDecision | undefined {
     return this.#decision
+  }
+
+  /** The one that was made last, or came to nothing. */
+  get lastRefork(): LastRefork | undefined {
+    return this.#lastRefork
   }
 
   /** A second call for the same child, or for any, joins one that is under way. */
@@ -198,6 +217,7 @@ export class Changes extends EventEmitter<ChangeEvents> {
       await succession.approve(made.number)
       note(made)
       const { pid, restMs, standstillMs } = refork
+      this.#lastRefork = { at: new Date(), reason, pid, generation: made.number }
       const times = `rest ms=${restMs.toFixed(0)} stood still ms=${standstillMs.toFixed(0)}`
       info(`generation=${made.number} from child pid=${pid} (${reason}) ${times}`)
       if (succession.pinned === undefined) {
@@ -218,6 +238,8 @@ export class Changes extends EventEmitter<ChangeEvents> {
       }
       if (!signal.aborted) {
         warn('refork', `generation ${succession.number} serves on, since a refork failed: ${error}`, error)
+        const child = from && { pid: from.pid }
+        this.#lastRefork = { at: new Date(), reason, ...child, error: error as Error }
         this.emit('reforkFailed', error as Error)
       }
       throw error
