@@ -334,8 +334,14 @@ def is_of_source(agent, socket):
 
 
 def _has_peer(fd, socket):
-    from _socket import SO_DOMAIN, SOL_SOCKET
+    from _socket import AF_UNIX, SO_DOMAIN, SOL_SOCKET
 
+    if socket.family == AF_UNIX:
+        from select import POLLHUP, poll
+
+        look = poll()
+        look.register(fd, 0)
+        return not any(events & POLLHUP for _, events in look.poll(0))
     if socket.getsockopt(SOL_SOCKET, SO_DOMAIN) != socket.family:
         return False
     socket.getpeername()

@@ -36,6 +36,7 @@ module Warmfork
         Identity.json
         require_relative 'java_random' unless defined?(JavaRandom)
         require_relative 'jruby_gate' unless defined?(Gate)
+        require_relative 'jruby_poll' unless defined?(Poll)
         JavaRandom.prepare
         Gate.prepare
       end
@@ -44,9 +45,11 @@ module Warmfork
         yield
       end
 
-      # Whether a connection has another side, as far as Java does not remember it.
+      # Whether a connection has another side. Java remembers it where there is none any more.
       def peer?(socket)
-        File.readlink("/proc/self/fd/#{socket.fileno}").start_with?('socket:') && !socket.getpeername.nil?
+        return true unless defined?(Poll)
+
+        Poll.alone?(socket.fileno) ? false : true
       end
 
       def renew_random(seed)

@@ -56,6 +56,9 @@ module Warmfork
 
       # Whether a connection has another side.
       def peer?(socket)
+        return socket.recv_nonblock(1, Socket::MSG_PEEK, exception: false) != '' if socket.is_a?(UNIXSocket)
+
+        # SO_DOMAIN: in the place of a TCP connection is a Unix one that has ended.
         socket.getsockopt(:SOCKET, 39).int == socket.local_address.afamily && !socket.getpeername.nil?
       end
 
