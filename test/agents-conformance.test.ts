@@ -3,6 +3,7 @@ import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest'
+import type { FromAgent } from '../src/agents/protocol.js'
 import { type AgentSide, Conformer, type RuntimeSpec } from './agents-conformance.js'
 
 const SPECS = fileURLToPath(new URL('fixtures/agents-conformance/', import.meta.url))
@@ -349,6 +350,139 @@ for (const spec of specs) {
         await program.expect('forkA')
         expect(await agent.expect('failed')).toMatchObject({ error: { hook: 'forkA', message: 'not now' } })
         expect(await program.exit()).toEqual({ code: 70, signal: null })
+      })
+    })
+
+    describe('that serves', () => {
+      let program: Conformer
+      let agent: AgentSide
+      let port: number
+      let id = 0
+
+      beforeAll(async () => {
+        program = await Conformer.start(spec)
+        agent = await program.greet()
+        port = (await program.ask('serve', 'serving')).port as number
+        // What an agent loads before its first checkpoint is there then: JRuby's takes a second for it.
+        program.say('ready')
+        await agent.expect('ready')
+      })
+      afterAll(() => program.end())
+
+      const ask = async (path: string) => (await fetch(`http://127.0.0.1:${port}${path}`)).text()
+      /** The next message that tells of no requests. */
+      const hear = async <T extends FromAgent['type']>(type: T): Promise<Extract<FromAgent, { type: T }>> => {
+        for (;;) {
+          const message = await agent.next()
+          if (message?.type === 'requests') continue
+          if (message?.type !== type) throw new Error(`expected \`${type}\`, got ${JSON.stringify(message)}`)
+          return message as Extract<FromAgent, { type: T }>
+        }
+      }
+      const hooksBefore = async () => {
+        await program.expect('beforeB')
+        await program.expect('beforeA')
+      }
+
+      it('says that it counts, counts what is answered, and is silent where nothing changes', async () => {
+        expect(agent.hello.counts).toBe(true)
+        for (let i = 0; i < 5; i++) {
+          expect(await ask('/now')).toBe('answered')
+          expect(await program.expect('request')).toMatchObject({ path: '/now' })
+        }
+        const counts = await agent.silence(400)
+        expect(counts.map(({ type }) => type)).toEqual(counts.map(() => 'requests'))
+        expect(counts.at(-1)).toMatchObject({ total: 5, ms: expect.any(Number) })
+        expect(await agent.silence()).toEqual([])
+      })
+
+      it('waits for what is in hand before the hooks of a refork, and holds back what comes until they are done', async () => {
+        const slow = ask('/wait')
+        await program.expect('request')
+        agent.checkpoint(++id, 20_000, 'refork')
+        expect(await program.silence()).toEqual([])
+        const held = ask('/held')
+        expect(await program.silence()).toEqual([])
+        program.say('answer')
+        expect(await slow).toBe('answered')
+        await hooksBefore()
+        expect(await hear('parked')).toMatchObject({ id, held: 1 })
+        agent.send({ type: 'resumed', id })
+        await program.expect('afterA')
+        await program.expect('afterB')
+        expect(await program.expect('request')).toMatchObject({ path: '/held' })
+        expect(await held).toBe('answered')
+        await hear('running')
+      })
+
+      it('refuses a refork whose requests do not end, without hooks, and serves others meanwhile', async () => {
+        const slow = ask('/wait')
+        await program.expect('request')
+        agent.checkpoint(++id, 2_000, 'refork')
+        expect(await ask('/now')).toBe('answered')
+        await program.expect('request')
+        const { error } = await hear('refused')
+        expect(error).toMatchObject({ code: 'BUSY', message: expect.stringContaining('GET /wait') })
+        expect(error).not.toHaveProperty('hook')
+        program.say('answer')
+        expect(await slow).toBe('answered')
+        expect(await program.silence()).toEqual([])
+      })
+
+      it('waits for nothing where forks come from it otherwise', async () => {
+        const slow = ask('/wait')
+        await program.expect('request')
+        agent.checkpoint(++id, 10_000, 'fork')
+        await hooksBefore()
+        expect(await hear('parked')).not.toHaveProperty('held')
+        agent.send({ type: 'resumed', id })
+        await program.expect('afterA')
+        await program.expect('afterB')
+        await hear('running')
+        program.say('answer')
+        expect(await slow).toBe('answered')
+      })
+
+      it('is never given, in a fork, what the source holds back, and counts from 0', async () => {
+        await agent.silence(300)
+        const slow = ask('/wait')
+        await program.expect('request')
+        agent.checkpoint(++id, 20_000, 'refork')
+        expect(await program.silence()).toEqual([])
+        const held = ask('/held').catch(() => 'closed')
+        expect(await program.silence()).toEqual([])
+        program.say('answer')
+        await slow
+        await hooksBefore()
+        expect(await hear('parked')).toMatchObject({ held: 1 })
+        // The source's count of the last one may wait, and is not the fork's.
+        agent.send(program.forked({ id }))
+        await program.expect('forkA')
+        await program.expect('forkB')
+        await hear('running')
+        expect(await held).not.toBe('answered')
+        expect(await program.silence()).toEqual([])
+        expect(await ask('/own')).toBe('answered')
+        expect(await program.expect('request')).toMatchObject({ path: '/own' })
+        expect((await agent.silence(400)).at(-1)).toMatchObject({ type: 'requests', total: 1 })
+      })
+
+      it('refuses every refork once it is no longer fork-safe, before hooks, and other checkpoints not', async () => {
+        program.say('unsafe it holds a lease')
+        expect(await hear('unsafe')).toEqual({ type: 'unsafe', reason: 'it holds a lease' })
+        for (let i = 0; i < 2; i++) {
+          agent.checkpoint(++id, 10_000, 'refork')
+          const { error } = await hear('refused')
+          expect(error).toMatchObject({ code: 'UNSAFE', message: expect.stringContaining('it holds a lease') })
+        }
+        expect(await program.silence(0)).toEqual([])
+        agent.checkpoint(++id, 10_000, 'fork')
+        await hooksBefore()
+        await hear('parked')
+        agent.send({ type: 'resumed', id })
+        await program.expect('afterA')
+        await program.expect('afterB')
+        await hear('running')
       })
     })
 

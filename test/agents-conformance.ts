@@ -19,6 +19,9 @@
  * | (a message) | `message`, with `data` as above and `from` |
  * | (the end of a fork) | `childExit` with `pid`, `code` and `signal` |
  * | `reuse FD PATH` | closes that descriptor and opens the file for appending under the same number; `reused` |
+ * | `serve` | serves HTTP/1 on a free port of 127.0.0.1; `serving` with `port`. Each request that the program is given prints `request` with `path`, and is answered with `answered`: at once, but `/wait` after the command `answer` |
+ * | `answer` | answers the requests to `/wait` |
+ * | `unsafe [REASON]` | says that it is no longer fork-safe |
  * | `exit` | ends |
  */
 import { type ChildProcess, spawn } from 'node:child_process'
@@ -125,8 +128,8 @@ export class AgentSide {
   }
 
   /** Asks for a checkpoint. */
-  checkpoint(id: number, timeoutMs = 10_000): void {
-    this.send({ type: 'checkpoint', id, reason: 'template', timeoutMs })
+  checkpoint(id: number, timeoutMs = 10_000, reason: 'template' | 'fork' | 'refork' = 'template'): void {
+    this.send({ type: 'checkpoint', id, reason, timeoutMs })
   }
 }
 
