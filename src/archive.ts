@@ -16,6 +16,7 @@ import { keyName, privateKey, publicKey } from './generations/archive/signature.
 import { writeArchive } from './generations/archive/write-archive.js'
 import type { Generation } from './generations/generation.js'
 import { Store } from './generations/store.js'
+import { Verdicts } from './generations/verdicts.js'
 
 export type { Compression } from './generations/archive/blocks.js'
 
@@ -24,7 +25,7 @@ export interface ExportOptions {
   name: string
   /** The directory of all stores. @default as of a supervisor */
   store?: string
-  /** Its number. @default the newest */
+  /** Its number. @default the pinned one, else the newest that was not rejected */
   generation?: number
   /** The path of the archive, or a stream, which is left open. */
   file: string | Writable
@@ -93,7 +94,7 @@ export async function exportGeneration(options: ExportOptions): Promise<Exported
   }
   const sign = options.sign === undefined ? undefined : privateKey(options.sign)
   await using store = await Store.open({ name, access: 'read', ...(root === undefined ? {} : { root }) })
-  const generation = options.generation === undefined ? await newest(store) : await store.get(options.generation)
+  const generation = options.generation === undefined ? await chosen(store) : await store.get(options.generation)
   // It may be pruned meanwhile.
   generation.hold()
   try {
@@ -187,8 +188,11 @@ function openStore(name: string, root: string | undefined, { uid, gid }: { uid: 
   })
 }
 
-async function newest(store: Store): Promise<Generation> {
-  const generation = (await store.list()).at(-1)
+/** What a supervisor would fork from. */
+async function chosen(store: Store): Promise<Generation> {
+  const verdicts = Verdicts.read(store.directory)
+  if (verdicts.pinned !== undefined) return store.get(verdicts.pinned)
+  const generation = (await store.list()).filter(({ number }) => verdicts.whyNot(number) === undefined).at(-1)
   if (generation) return generation
   const happened = `there is none in ${store.directory}`
   throw new WarmforkError('GENERATION_NOT_FOUND', { tried: 'export the newest generation', happened })

@@ -118,6 +118,26 @@ describe('an imported generation', () => {
     }
   })
 
+  test('has listeners of its own where its forks share them', async () => {
+    const program = target.start([process.execPath, join(PROGRAMS, 'tcp-server.mjs')])
+    const port = Number(/^port (\d+)$/.exec(await program.talk.line())![1])
+    const { number } = await target.checkpoint(program, 'cow')
+    const elsewhere = new Laboratory()
+    try {
+      const path = join(elsewhere.directory, 'server.tar')
+      await exportGeneration({ name: 'test', store: targetStore(), generation: number, file: path })
+      // The port is free then.
+      await target.close()
+      await importGeneration({ file: path, store: join(elsewhere.directory, 'store'), name: 'test' })
+      const child = (await elsewhere.fork(1)).resume()
+      const response = await fetch(`http://127.0.0.1:${port}/`)
+      expect(await response.text()).toBe(String(child.pid))
+    } finally {
+      await elsewhere.close()
+      target = new Laboratory()
+    }
+  })
+
   test('is a baseline: a fork of it that has warmed up is checkpointed and exported in its turn', async () => {
     await exportFile()
     await importFile()

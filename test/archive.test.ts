@@ -11,8 +11,18 @@ import { contentBytes, openZstd } from '../src/generations/archive/zstd.js'
 import { decodeRuns } from '../src/generations/checksum.js'
 import type { Generation } from '../src/generations/generation.js'
 import type { Store } from '../src/generations/store.js'
+import { Verdicts } from '../src/generations/verdicts.js'
 import { ImageSet } from '../src/image/image-set.js'
-import { createWhole, entriesOf, exported, forged, imported, unpacked, writeLibrary } from './fixtures/archives.js'
+import {
+  CRIU_VERSION,
+  createWhole,
+  entriesOf,
+  exported,
+  forged,
+  imported,
+  unpacked,
+  writeLibrary,
+} from './fixtures/archives.js'
 import { create, failure, PAGE_FILE, RUNS, surroundings, Workshop } from './fixtures/generations.js'
 
 let shop: Workshop
@@ -47,7 +57,7 @@ describe.each(COMPRESSIONS)('an archive (%s)', (compress) => {
     expect(made.number).toBe(2)
     await made.verify()
     made.checkUntouched()
-    made.checkFit(surroundings())
+    made.checkFit(surroundings({ criuVersion: CRIU_VERSION }))
     expect(dataOf(made)).toEqual(dataOf(generation))
     expect(await made.runs(PAGE_FILE)).toEqual(RUNS)
     expect(statSync(join(made.directory, PAGE_FILE)).size).toBe(statSync(join(generation.directory, PAGE_FILE)).size)
@@ -145,7 +155,7 @@ describe('a machine', () => {
 
   test.each([
     ['another kernel', { kernelRelease: '5.0.0' }, 'the kernel was 5.0.0 and is '],
-    ['another CRIU', { criuVersion: '4.1.1' }, 'CRIU was 4.1.1 and is 4.2.1 now'],
+    ['another CRIU', { criuVersion: '4.1.1' }, `CRIU was 4.1.1 and is ${CRIU_VERSION} now`],
     ['another CPU', { cpuFlagsHash: '0'.repeat(64), cpuModel: 'Z80' }, 'the CPU has other features'],
     ['another architecture', { architecture: 'pdp11' }, 'the architecture was pdp11'],
   ])('with %s does not fit', async (_, changes, words) => {
@@ -157,9 +167,11 @@ describe('a machine', () => {
     const bytes = forged(await archive(), ({ files }) => {
       files.push({ path: '/no/such/file', use: 'open', sizeBytes: 3, sha256: '0'.repeat(64) })
       files.push({ path: '/no/such/device', use: 'open', sizeBytes: 0, sha256: null })
+      files.push({ path: '/etc/passwd', use: 'open', sizeBytes: 0, sha256: null })
     })
     rmSync(library)
     const happened = await refusal(bytes)
+    expect(happened).toContain('the file /etc/passwd is a regular file here and was none')
     for (const path of [library, '/no/such/file', '/no/such/device']) {
       expect(happened).toContain(`the file ${path} is not there`)
     }
@@ -253,6 +265,34 @@ describe('a file', () => {
   const file = () => join(shop.directory, 'archive.tar')
   const from = () => ({ name: 'web', store: shop.root, file: file() })
   const left = () => readdirSync(shop.directory).filter((name) => name.includes('archive'))
+
+  test.skipIf(process.geteuid?.() !== 0)(
+    'of a worker with an own user gives page files that its group may read',
+    async () => {
+      const bytes = forged((await exported(generation)).bytes, ({ generation }) => {
+        Object.assign(generation.surroundings, { uid: 65534, gid: 65534 })
+      })
+      writeFileSync(file(), bytes)
+      const { name, number } = await importGeneration({ file: file(), store: shop.root, name: 'worker' })
+      const directory = join(shop.root, name, 'generations', String(number))
+      expect(statSync(directory)).toMatchObject({ mode: 0o40710, gid: 65534 })
+      expect(statSync(join(directory, PAGE_FILE))).toMatchObject({ mode: 0o100440, uid: 0, gid: 65534 })
+    },
+  )
+
+  test('has the generation that is pinned, else the newest that was not rejected', async () => {
+    await createWhole(store)
+    const verdicts = Verdicts.read(store.directory)
+    const numberOf = async () => (await exportGeneration({ ...from(), force: true })).number
+    expect(await numberOf()).toBe(2)
+    await verdicts.pin(1)
+    expect(await numberOf()).toBe(1)
+    await verdicts.pin(undefined)
+    await verdicts.reject(2, 'it is slow')
+    expect(await numberOf()).toBe(1)
+    await verdicts.reject(1, 'it is slow')
+    await failure('GENERATION_NOT_FOUND', numberOf)
+  })
 
   test('that is there is not replaced unless that is asked for', async () => {
     writeFileSync(file(), 'precious')

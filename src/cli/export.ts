@@ -20,11 +20,11 @@ interface ExportFlags extends StoreAddressed {
 
 export function exportCommand(): Command {
   const command = subcommand('export', 'write a generation into one file, for another machine of the same kind', [
-    ['warmfork export -o shop.tar.zst', 'the newest generation'],
+    ['warmfork export -o shop.tar.zst', 'the generation that forks come from'],
     ['warmfork export 3 -o shop.tar --compress none --force', 'generation 3, in place of what is there'],
     ['warmfork export -o - | ssh other warmfork import -', 'without a file'],
   ])
-    .argument('[number]', 'the generation; by default the newest', parseNumber)
+    .argument('[number]', 'the generation; by default the one that forks come from', parseNumber)
     .requiredOption('-o, --output <file>', 'the archive, or - for stdout')
     .addOption(new Option('--compress <how>', 'how it is compressed').choices(COMPRESSIONS).default('zstd'))
     .option('--sign <file>', 'a private ed25519 key (PEM) to sign it with')
@@ -36,14 +36,16 @@ export function exportCommand(): Command {
       const remedy = 'Name a file, or send it to another program.'
       throw new WarmforkError('BAD_OPTION', { tried: 'export a generation', happened: 'stdout is a terminal', remedy })
     }
-    const { root, name } = await addressedStore(flags)
+    const { root, name, running } = await addressedStore(flags)
+    // A supervisor that was rolled back forks from an older one than the newest.
+    const chosen = number ?? (running?.generation || undefined)
     const sign = flags.sign === undefined ? undefined : readKey(flags.sign, '--sign')
     const before = performance.now()
     const exported = await ending((signal) =>
       exportGeneration({
         ...{ name, store: root, compress, force, signal },
         file: toStdout ? process.stdout : output,
-        ...(number === undefined ? {} : { generation: number }),
+        ...(chosen === undefined ? {} : { generation: chosen }),
         ...(sign === undefined ? {} : { sign }),
       }),
     )

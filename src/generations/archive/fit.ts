@@ -28,8 +28,9 @@ export async function checkFit(
   for (const file of files) {
     const stats = lstatSync(file.path, { bigint: true, throwIfNoEntry: false })
     if (!stats) odd.push(`the file ${file.path} is not there`)
-    else if (file.sha256 === null) continue
-    else if (!stats.isFile()) odd.push(`the file ${file.path} is not a regular file here`)
+    else if (file.sha256 === null) {
+      if (stats.isFile()) odd.push(`the file ${file.path} is a regular file here and was none`)
+    } else if (!stats.isFile()) odd.push(`the file ${file.path} is not a regular file here`)
     else if (stats.size !== BigInt(file.sizeBytes)) {
       odd.push(`the file ${file.path} has ${stats.size} bytes here and had ${file.sizeBytes}`)
     } else {
