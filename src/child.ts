@@ -224,6 +224,11 @@ export class Child extends EventEmitter<ChildEvents> {
     return this.#terminal !== undefined
   }
 
+  /** Whether it has pipes: neither descriptors of its caller nor a terminal. @internal */
+  get hasPipes(): boolean {
+    return this.#hasPipes
+  }
+
   /** Its standard output. @throws BAD_OPTION where the fork was given descriptors */
   get stdout(): Readable {
     this.#requirePipes('stdout')

@@ -24,7 +24,7 @@ describe('generations of a supervisor', () => {
     expect(generations[0].rssBytes).toBeGreaterThan(10 * 1024 * 1024)
     const { stdout } = await terminal.call(['generations', ...terminal.here])
     expect(stdout).toMatch(
-      /^shop {2}\S+\nGEN +AGE +PARENT +RSS MiB +DISK MiB +MEMORY +CHECKPOINT +USED BY +STATE\n +1 +\S+ .* current\n$/,
+      /^shop {2}\S+\nGEN +AGE +PARENT +REFORKS +RSS MiB +DISK MiB +OWN MiB +MEMORY +CHECKPOINT +USED BY +STATE +WHY *\n +1 +\S+ .* current *\n$/,
     )
   })
 

@@ -90,14 +90,14 @@ describe('what is said to a supervisor', () => {
     [
       'an unknown method',
       '{"id":1,"method":"reboot"}',
-      'there is no method "reboot"; there are status, fork, signal, resize, stop',
+      'there is no method "reboot"; there are status, fork, signal, resize, refork, rollback, pin, workers, stop',
     ],
     [
       'a method of the prototype',
       '{"id":1,"method":"constructor"}',
-      'there is no method "constructor"; there are status, fork, signal, resize, stop',
+      'there is no method "constructor"; there are status, fork, signal, resize, refork, rollback, pin, workers, stop',
     ],
-    ['no method', '{"id":1}', 'there is no method undefined; there are status, fork, signal, resize, stop'],
+    ['no method', '{"id":1}', 'there is no method undefined; there are status, fork, signal, resize, refork, rollback, pin, workers, stop'],
     [
       'unknown params',
       '{"id":1,"method":"status","params":{"all":true}}',

@@ -1,8 +1,11 @@
 /** `warmfork generations`: what the store holds, and what a running supervisor has made without one (engine spawn). */
+import { lstatSync } from 'node:fs'
+import { join } from 'node:path'
 import type { Command } from 'commander'
 import type { GenerationStatus } from '../control/protocol.js'
 import type { Generation } from '../generations/generation.js'
 import { Store } from '../generations/store.js'
+import { Verdicts } from '../generations/verdicts.js'
 import { subcommand } from './command.js'
 import { print, printJson } from './output.js'
 import { formatDuration, formatMiB } from './quantities.js'
@@ -22,7 +25,14 @@ export function generationsCommand(): Command {
 }
 
 interface Row extends Omit<GenerationStatus, 'warnings'> {
-  readonly parent: number | null
+  /** On disk, without what it shares with others by hard links. */
+  readonly ownBytes: number
+  /** Whether forks come from it until it is unpinned. */
+  readonly pinned: boolean
+  /** Why it is never chosen again. */
+  readonly rejected?: string
+  /** Made by a refork, and not tried: its supervisor ended before. */
+  readonly untried?: boolean
   /** Whether the running supervisor forks from it. */
   readonly current: boolean
   /** The processes that need it. */
@@ -42,7 +52,8 @@ async function list({ root, name, running }: StoreAddress): Promise<Listed> {
   if (running?.engine === 'spawn') {
     const generations = running.generations.map(({ warnings: _, ...known }) => ({
       ...known,
-      parent: null,
+      ownBytes: 0,
+      pinned: false,
       current: current(known.number),
       usedBy: running.children.filter(({ generation }) => generation === known.number).map(({ pid }) => pid),
     }))
@@ -50,8 +61,9 @@ async function list({ root, name, running }: StoreAddress): Promise<Listed> {
   }
   await using store = await Store.open({ root, name, access: 'read' })
   const { generations, broken } = await store.survey()
+  const verdicts = Verdicts.read(store.directory)
   const rows: Row[] = [
-    ...generations.map((generation) => rowOf(generation, current(generation.number))),
+    ...generations.map((generation) => rowOf(generation, current(generation.number), verdicts)),
     ...broken.map(({ number, error }) => ({
       ...UNKNOWN,
       number,
@@ -69,34 +81,56 @@ const UNKNOWN = {
   memory: 'copy',
   checkpointMs: 0,
   parent: null,
+  reforks: 0,
+  ownBytes: 0,
+  pinned: false,
   usedBy: [],
 } as const
 
-function rowOf(generation: Generation, current: boolean): Row {
-  const { number, createdAt, rssBytes, sizeBytes, memory, checkpointMs } = generation.info
+function rowOf(generation: Generation, current: boolean, verdicts: Verdicts): Row {
+  const { warnings: _, createdAt, ...known } = generation.info
+  const { number, reforks } = known
+  const rejected = verdicts.whyNot(number)
+  const isTried = reforks === 0 || generation.ephemeral || verdicts.isApproved(number)
   return {
-    number,
+    ...known,
     createdAt: createdAt.toISOString(),
-    rssBytes,
-    sizeBytes,
-    memory,
-    checkpointMs,
-    parent: generation.manifest.parent,
+    ownBytes: ownBytes(generation),
     current,
+    pinned: verdicts.pinned === number,
+    ...(rejected === undefined ? {} : { rejected }),
+    ...(isTried || rejected !== undefined ? {} : { untried: true }),
     usedBy: generation.leases().map(({ pid }) => pid),
   }
+}
+
+/** Page files that a child of it goes on with are linked there: until it is removed, they are not its own alone. */
+function ownBytes({ directory, number, manifest }: Generation): number {
+  const made = new RegExp(`^memory-${number}\\b`)
+  return Object.keys(manifest.files).reduce((sum, name) => {
+    const stats = lstatSync(join(directory, name), { throwIfNoEntry: false })
+    return stats && (stats.nlink === 1 || made.test(name)) ? sum + stats.blocks * 512 : sum
+  }, 0)
+}
+
+function stateOf({ current, pinned, rejected, untried }: Row): string {
+  const words = [...(current ? ['current'] : []), ...(pinned ? ['pinned'] : []), ...(untried ? ['not tried'] : [])]
+  return rejected === undefined ? words.join(', ') : [...words, `rejected: ${rejected}`].join(', ')
 }
 
 const COLUMNS: readonly Column[] = [
   { title: 'GEN', align: 'right' },
   { title: 'AGE', align: 'right' },
   { title: 'PARENT', align: 'right' },
+  { title: 'REFORKS', align: 'right' },
   { title: 'RSS MiB', align: 'right' },
   { title: 'DISK MiB', align: 'right' },
+  { title: 'OWN MiB', align: 'right' },
   { title: 'MEMORY' },
   { title: 'CHECKPOINT', align: 'right' },
   { title: 'USED BY', align: 'right' },
   { title: 'STATE' },
+  { title: 'WHY' },
 ]
 
 function format({ name, store, generations }: Listed): string {
@@ -108,14 +142,17 @@ function format({ name, store, generations }: Listed): string {
           String(row.number),
           formatDuration(Math.max(0, Date.now() - Date.parse(row.createdAt))),
           row.parent === null ? '' : String(row.parent),
+          String(row.reforks),
           formatMiB(row.rssBytes),
           formatMiB(row.sizeBytes),
+          formatMiB(row.ownBytes),
           row.memory,
           formatDuration(row.checkpointMs),
           row.usedBy.length === 0 ? '' : String(row.usedBy.length),
-          row.current ? 'current' : '',
+          stateOf(row),
+          row.reason ?? '',
         ]
-      : [String(row.number), '', '', '', '', '', '', '', row.broken],
+      : [String(row.number), '', '', '', '', '', '', '', '', '', row.broken, ''],
   )
   return `${head}\n${table(COLUMNS, rows)}`
 }

@@ -39,6 +39,7 @@ const COLUMNS: readonly Column[] = [
   { title: 'PID', align: 'right' },
   { title: 'STATE' },
   { title: 'GEN', align: 'right' },
+  { title: 'REQUESTS', align: 'right' },
   { title: 'AGE', align: 'right' },
   { title: 'PRIVATE MiB', align: 'right' },
   { title: 'SHARED MiB', align: 'right' },
@@ -58,18 +59,20 @@ export function formatStatus(status: Status): string {
     `  ${status.command.map(visible).join(' ')}`,
     `  generation ${status.generation}; ${parked} of ${pool.size} parked${starting}, ${running} running; ` +
       `${forks.fromPool + forks.direct} forks${failed}`,
+    ...reforkLines(status),
   ]
   const rows: string[][] = []
   if (template?.running) {
     const { memory } = template
     const sizes = memory ? [memory.privateBytes, memory.sharedBytes, memory.pssBytes].map(formatMiB) : ['', '', '']
-    rows.push([String(template.pid), 'template', '', '', ...sizes, '', ''])
+    rows.push([String(template.pid), 'template', '', '', '', ...sizes, '', ''])
   }
   for (const child of status.children) {
     rows.push([
       String(child.pid),
-      child.state,
+      stateOf(child, status),
       String(child.generation),
+      child.requests > 0 ? String(child.requests) : '',
       formatDuration(child.elapsedMs),
       ...[child.privateBytes, child.sharedBytes, child.pssBytes].map(formatMiB),
       child.cpuPercent.toFixed(0),
@@ -77,4 +80,24 @@ export function formatStatus(status: Status): string {
     ])
   }
   return [...head, ...(rows.length > 0 ? [table(COLUMNS, rows)] : [])].join('\n')
+}
+
+function stateOf({ pid, state, generation }: Status['children'][number], status: Status): string {
+  const what = state === 'running' && status.workers.pids.includes(pid) ? 'worker' : state
+  return generation === status.generation ? what : `${what}, outdated`
+}
+
+function reforkLines({ workers, pinned, generations, reforkDecision }: Status): string[] {
+  const last = generations.findLast(({ reforks }) => reforks > 0)
+  const ago = (at: string) => formatDuration(Math.max(0, Date.now() - Date.parse(at)))
+  const phrases = [
+    ...(workers.size > 0 ? [`${workers.pids.length} of ${workers.size} workers`] : []),
+    ...(workers.outdated > 0 ? [`${workers.outdated} of them outdated`] : []),
+    ...(pinned === null ? [] : [`generation ${pinned} is pinned`]),
+    ...(last
+      ? [`last refork ${ago(last.createdAt)} ago (generation ${last.number}: ${last.reason ?? 'asked for'})`]
+      : []),
+    ...(reforkDecision && reforkDecision.from === undefined ? [`no refork now: ${reforkDecision.why}`] : []),
+  ]
+  return phrases.length > 0 ? [`  ${phrases.join('; ')}`] : []
 }

@@ -63,6 +63,11 @@ export interface RunFlags {
   readonly crashGiveUpAfter?: number
   readonly orphans?: 'end' | 'leave'
 
+  readonly workers?: number
+  readonly refork?: 'auto' | 'off' | readonly number[]
+  readonly reforkUnit?: 'requests' | 'forks' | 'seconds'
+  readonly keep?: number
+
   readonly reuse?: boolean
   readonly watch?: readonly string[]
   readonly onMismatch?: 'cold' | 'error'
@@ -155,6 +160,11 @@ export function addRunFlags(command: Command): Command {
   add('--crash-give-up-after <n>', 'from so many crashes in a row on, forks are refused (default: 16)', parseCount)
   choose('--orphans <what>', 'what becomes of children without a supervisor (default: end)', ['end', 'leave'])
 
+  add('--workers <n>', 'children that are kept running, and replaced when they end (default: 0)', parseCount)
+  add('--refork <when>', 'a warmed child becomes the next generation: auto, off (default), or 50,100,1000', parseRefork)
+  choose('--refork-unit <unit>', 'what such numbers count (default: requests)', ['requests', 'forks', 'seconds'])
+  add('--keep <n>', 'generations that a refork leaves for a rollback (default: 2)', parseCount)
+
   command.option('--reuse', 'begins with the newest generation on disk that fits, without a boot')
   add('--watch <glob>', 'with --reuse: files whose changes forbid that (default: sources); may be repeated', collect)
   choose('--on-mismatch <what>', 'with --reuse, where no generation fits (default: cold)', ['cold', 'error'])
@@ -172,6 +182,13 @@ export function addRunFlags(command: Command): Command {
     'silent',
   ])
   return command
+}
+
+/** `auto`, `off`, or thresholds. */
+function parseRefork(text: string): 'auto' | 'off' | number[] {
+  if (text === 'auto' || text === 'off') return text
+  if (/^[1-9]\d{0,8}(,[1-9]\d{0,8})*$/.test(text)) return text.split(',').map(Number)
+  throw new InvalidArgumentError('Write `auto`, `off`, or numbers as `50,100,1000`.')
 }
 
 const camelCase = (flag: string) => flag.replace(/-(.)/g, (_, letter: string) => letter.toUpperCase())
@@ -233,6 +250,9 @@ export function supervisorOptions(command: readonly [string, ...string[]], flags
       agent: flags.agent === false ? false : undefined,
       hookTimeoutMs: flags.hookTimeout,
       orphans: flags.orphans,
+      workers: flags.workers,
+      refork: refork(flags),
+      keep: flags.keep,
       reuse: reuse(flags),
       store: flags.store,
       runtimeDirectory: flags.runtimeDirectory,
@@ -256,6 +276,13 @@ function ready(flags: RunFlags): ReadyOption | undefined {
   if (readyIdle !== undefined) return { idleMs: readyIdle, ...timed }
   if (readyAgent) return { agent: true, ...timed }
   return flags.readyTimeout === undefined ? undefined : { idleMs: 1_000, ...timed }
+}
+
+/** @throws BAD_OPTION where it is said what is counted, and not until when */
+function refork({ refork: when, reforkUnit: unit }: RunFlags): SupervisorOptions['refork'] {
+  if (typeof when === 'object') return { after: when, ...defined({ unit }) }
+  if (unit !== undefined) throw badOption('--refork', 'to be numbers beside `--refork-unit`', when)
+  return when === 'off' ? false : when
 }
 
 /** @throws BAD_OPTION where something is said of a reuse that is not asked for */

@@ -1,6 +1,8 @@
 /** `warmfork run`: a supervisor in the foreground, with its control socket, until a signal or `warmfork stop` ends it. */
 import { readFileSync } from 'node:fs'
+import { createInterface } from 'node:readline'
 import type { Command } from 'commander'
+import type { Child } from '../child.js'
 import { generationStatus, supervisorHandlers } from '../control/handlers.js'
 import { PROTOCOL } from '../control/protocol.js'
 import { ControlServer } from '../control/server.js'
@@ -112,6 +114,24 @@ class Supervision {
     }
   }
 
+  /** As Pitchfork has them. */
+  #obeySignals(supervisor: Supervisor): void {
+    const refork = () =>
+      supervisor.refork({ reason: 'SIGUSR2' }).then(
+        ({ number }) => printError(`warmfork: generation ${number} is in use`),
+        () => {},
+      )
+    const resize = (by: number) => {
+      const count = Math.max(0, supervisor.workers.size + by)
+      if (supervisor.state !== 'running') return
+      supervisor.resizeWorkers(count)
+      printError(`warmfork: ${count} workers`)
+    }
+    process.on('SIGUSR2', refork)
+    process.on('SIGTTIN', () => resize(1))
+    process.on('SIGTTOU', () => resize(-1))
+  }
+
   async start(options: SupervisorOptions, shown: Progress, flags: RunFlags): Promise<void> {
     const starting = Supervisor.start(options, {
       signal: this.#starting.signal,
@@ -120,13 +140,15 @@ class Supervision {
         supervisor.once('stopped', () => this.#onOver())
         supervisor.on('warning', (warning) => shown.warn(warning))
         if (flags.showOutput) supervisor.on('templateOutput', (_stream, chunk) => process.stderr.write(chunk))
+        // Of `warmfork fork` each child has the streams of its client; those that have pipes are workers.
+        if (flags.workers) supervisor.on('child', (child) => showOutput(child))
         shown.follow(supervisor)
         this.#onCreated(supervisor)
       },
     })
     this.#onStarted(starting)
     try {
-      await starting
+      this.#obeySignals(await starting)
       await shown.finish()
     } catch (error) {
       await shown.finish(error)
@@ -145,6 +167,19 @@ class Supervision {
     for (const child of this.#supervisor?.children ?? []) void child.end({ graceMs: 0 })
     const template = this.#supervisor?.template
     if (template?.running) process.kill(template.pid, 'SIGKILL')
+  }
+}
+
+/** What a worker writes, in whole lines, each with its pid. */
+function showOutput(child: Child): void {
+  if (!child.hasPipes) return
+  for (const [from, to] of [
+    [child.stdout, process.stdout],
+    [child.stderr, process.stderr],
+  ] as const) {
+    createInterface({ input: from, crlfDelay: Number.POSITIVE_INFINITY }).on('line', (line) => {
+      to.write(`[${child.pid}] ${line}\n`)
+    })
   }
 }
 

@@ -5,6 +5,7 @@ import type { ForkInput } from '../agents/group.js'
 import type { Child, ChildStats } from '../child.js'
 import type { GenerationInfo, StdioFds } from '../engines/engine.js'
 import { WarmforkError } from '../errors.js'
+import type { Refork } from '../refork/refork.js'
 import type { StopOptions, Supervisor } from '../supervisor.js'
 import type { TerminalSize } from '../terminal.js'
 import { takeStdio } from './client-stdio.js'
@@ -66,6 +67,37 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
 
     async resize({ request, columns, rows }, caller) {
       return { delivered: caller.forks.get(request)?.resize({ columns, rows }) ?? false }
+    },
+
+    async refork({ from, reason }, caller) {
+      const supervisor = await until(caller.signal, controlled.started)
+      const child = from === undefined ? undefined : supervisor.children.find(({ pid }) => pid === from)
+      if (from !== undefined && !child) {
+        throw new WarmforkError('CHILD_GONE', { tried: `refork child ${from}`, happened: 'no child of that pid runs' })
+      }
+      const made = new Promise<Refork>((resolve) => supervisor.once('refork', resolve))
+      await supervisor.refork({ ...(child ? { from: child } : {}), ...(reason === undefined ? {} : { reason }) })
+      const { generation, ...times } = await made
+      return { generation: generationStatus(generation), ...times }
+    },
+
+    async rollback(options, caller) {
+      const supervisor = await until(caller.signal, controlled.started)
+      const from = supervisor.generation
+      return { generation: (await supervisor.rollback(options)).number, from }
+    },
+
+    async pin({ generation }, caller) {
+      const supervisor = await until(caller.signal, controlled.started)
+      if (generation === null) await supervisor.unpin()
+      else await supervisor.pin(generation)
+      return { generation: supervisor.generation }
+    },
+
+    async workers({ count }, caller) {
+      const supervisor = await until(caller.signal, controlled.started)
+      supervisor.resizeWorkers(count)
+      return { count }
     },
 
     async stop(options) {
@@ -187,7 +219,10 @@ export async function statusOf(supervisor: Supervisor, version: string): Promise
     generation: stats.generation,
     generations: supervisor.generations().map(generationStatus),
     template: stats.template ? { ...stats.template, memory: stats.template.memory ?? null } : null,
+    pinned: stats.pinned ?? null,
+    reforkDecision: stats.reforkDecision ?? null,
     pool: { size: stats.pool.size, starting: stats.pool.starting },
+    workers: { ...stats.workers, pids: supervisor.workers.workers.map(({ pid }) => pid) },
     children: [...parked.filter((child) => child !== undefined), ...stats.children],
     forks: stats.forks,
     warnings: supervisor.warnings.map(({ kind, message }) => ({ kind, message })),
@@ -204,6 +239,5 @@ async function statsIfThere(child: Child): Promise<ChildStats | undefined> {
 }
 
 export function generationStatus(info: GenerationInfo): GenerationStatus {
-  const { number, createdAt, rssBytes, sizeBytes, memory, checkpointMs, warnings } = info
-  return { number, createdAt: createdAt.toISOString(), rssBytes, sizeBytes, memory, checkpointMs, warnings }
+  return { ...info, createdAt: info.createdAt.toISOString() }
 }

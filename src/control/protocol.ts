@@ -11,6 +11,7 @@ import type { EngineName, MemoryMode } from '../engines/engine.js'
 import { ERROR_CODES, type ErrorCode, WarmforkError } from '../errors.js'
 import type { MemoryUse } from '../linux/proc.js'
 import type { ExitStatus } from '../linux/reaper.js'
+import type { ReforkDecision } from '../refork/observation.js'
 import type { SupervisorState, SupervisorStats } from '../supervisor.js'
 import type { TerminalSize } from '../terminal.js'
 
@@ -19,6 +20,9 @@ export const PROTOCOL = 1
 
 /** Longest line that is read. The longest that is needed (a status with 1,000 children) is 300 KiB. */
 export const MAX_LINE_BYTES = 4 * 1024 * 1024
+
+/** Characters of a reason: it stands in tables. */
+const MAX_REASON = 1_000
 
 /** What the supervisor says of itself at once. */
 export interface Hello {
@@ -35,6 +39,12 @@ export interface GenerationStatus {
   readonly number: number
   /** ISO 8601. */
   readonly createdAt: string
+  /** The generation whose child it was taken of; null for one of a template. */
+  readonly parent: number | null
+  /** How many reforks lie between it and the template. */
+  readonly reforks: number
+  /** Why it was made, where somebody said so. */
+  readonly reason?: string
   readonly rssBytes: number
   readonly sizeBytes: number
   readonly memory: MemoryMode
@@ -66,7 +76,13 @@ export interface Status {
     readonly readyMs: number
     readonly memory: MemoryUse | null
   } | null
+  /** The one that forks come from until it is unpinned; null where none is pinned. */
+  readonly pinned: number | null
+  /** What the policy of reforks decided last; null where there is none. */
+  readonly reforkDecision: ReforkDecision | null
   readonly pool: { readonly size: number; readonly starting: number }
+  /** Those that the supervisor keeps running by itself: how many are to be, and which of the children they are. */
+  readonly workers: { readonly size: number; readonly outdated: number; readonly pids: readonly number[] }
   /** The parked ones first, then those that run, each oldest first. */
   readonly children: readonly ChildStats[]
   readonly forks: SupervisorStats['forks']
@@ -100,6 +116,18 @@ export interface Methods {
   signal: { params: { request: number; signal: NodeJS.Signals }; event: never; result: { delivered: boolean } }
   /** Gives the terminal of the child of a `fork` another size. */
   resize: { params: { request: number } & TerminalSize; event: never; result: { delivered: boolean } }
+  /** Makes a generation of a child (`from`, its pid; default: the one with the most requests), and goes over to it. */
+  refork: {
+    params: { from?: number; reason?: string }
+    event: never
+    result: { generation: GenerationStatus; pid: number; restMs: number; standstillMs: number }
+  }
+  /** Goes back to an earlier generation. */
+  rollback: { params: { to?: number; reason?: string }; event: never; result: { generation: number; from: number } }
+  /** Stays with a generation; `null`: goes back to the newest. */
+  pin: { params: { generation: number | null }; event: never; result: { generation: number } }
+  /** Changes how many workers are kept running. */
+  workers: { params: { count: number }; event: never; result: { count: number } }
   /** Ends the supervisor; the result comes when all that it had made has ended. */
   stop: { params: { graceMs?: number }; event: never; result: Record<string, never> }
 }
@@ -129,6 +157,27 @@ export const PARAMS: {
     const size = { columns, rows }
     return isSize(size) ? { request, ...size } : undefined
   },
+  refork: (params) => {
+    const { from, reason } = params
+    if (!hasOnly(params, 'from', 'reason') || !isReason(reason)) return undefined
+    if (from !== undefined && !isNumber(from)) return undefined
+    return { ...(from === undefined ? {} : { from }), ...(reason === undefined ? {} : { reason }) }
+  },
+  rollback: (params) => {
+    const { to, reason } = params
+    if (!hasOnly(params, 'to', 'reason') || !isReason(reason)) return undefined
+    if (to !== undefined && !isNumber(to)) return undefined
+    return { ...(to === undefined ? {} : { to }), ...(reason === undefined ? {} : { reason }) }
+  },
+  pin: (params) => {
+    const { generation } = params
+    if (!hasOnly(params, 'generation')) return undefined
+    return generation === null || isNumber(generation) ? { generation } : undefined
+  },
+  workers: (params) => {
+    const { count } = params
+    return hasOnly(params, 'count') && (count === 0 || isNumber(count)) ? { count: count as number } : undefined
+  },
   stop: (params) => {
     const { graceMs } = params
     if (!hasOnly(params, 'graceMs')) return undefined
@@ -150,6 +199,10 @@ export const PASSED_SIGNALS = [
 ] as const satisfies NodeJS.Signals[]
 
 const isSignal = (value: unknown): value is NodeJS.Signals => (PASSED_SIGNALS as readonly unknown[]).includes(value)
+
+const isNumber = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) > 0
+const isReason = (value: unknown): value is string | undefined =>
+  value === undefined || (typeof value === 'string' && value.length <= MAX_REASON)
 
 function isInput(value: unknown): value is ForkInputParams {
   if (!isObject(value) || !hasOnly(value, 'args', 'env', 'cwd', 'data')) return false
