@@ -176,6 +176,10 @@ export class Conformer {
     return this.#process.pid!
   }
 
+  get hasEnded(): boolean {
+    return this.#process.exitCode !== null || this.#process.signalCode !== null
+  }
+
   /** The next connection, with its hello, and not yet welcomed. */
   async connection(): Promise<AgentSide> {
     const agent = await this.#agents.next()

@@ -16,6 +16,7 @@ const found = (name: string) => packages !== undefined && existsSync(`${packages
 const BROUGHT = [
   ...['werkzeug', 'waitress', 'uvicorn'].filter(found),
   ...(found('gunicorn') ? ['gunicorn sync', 'gunicorn gthread'] : []),
+  ...(found('gunicorn') && found('gevent') ? ['gunicorn gevent'] : []),
 ]
 const start = (kind: string, interpreter = python) =>
   Serving.start(
