@@ -5,7 +5,6 @@
 import { existsSync, readFileSync, writeFileSync } from 'node:fs'
 import http from 'node:http'
 import { createServer } from 'node:net'
-import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { expect } from 'vitest'
 import type { FromAgent } from '../src/agents/protocol.js'
@@ -84,8 +83,8 @@ export class Serving {
 
   static async start(spec: ServingSpec, runtime: Pick<RuntimeSpec, 'env'>): Promise<Serving> {
     const port = await freePort()
-    const mark = join(tmpdir(), `warmfork-serving-${process.pid}-${port}`)
-    const env = { PORT: `${port}`, NOTES: `${mark}.notes`, GO: `${mark}.go`, ...runtime.env, ...spec.env }
+    // In the program's directory, which is removed with it.
+    const env = { PORT: `${port}`, NOTES: 'notes', GO: 'go', ...runtime.env, ...spec.env }
     const program = await Conformer.start({
       name: '',
       runtime: '',
@@ -100,7 +99,7 @@ export class Serving {
       agent.send({ type: 'welcome', protocol: 1 })
     }
     await program.expect('started')
-    const serving = new Serving(program, agent, port, env.NOTES, env.GO)
+    const serving = new Serving(program, agent, port, join(program.directory, 'notes'), join(program.directory, 'go'))
     await serving.hear('ready')
     return serving
   }
