@@ -2,6 +2,7 @@
 const benches: Readonly<Record<string, () => Promise<(args: readonly string[]) => Promise<void>>>> = {
   fork: async () => (await import('./fork.js')).benchFork,
   refork: async () => (await import('./refork.js')).benchRefork,
+  warmth: async () => (await import('./warmth.js')).benchWarmth,
   'worker-fork': async () => (await import('./worker-fork.js')).benchWorkerFork,
 }
 
