@@ -49,11 +49,14 @@ describe('reforks on the command line', () => {
       name: 'shop',
       pid: workers.pids[1],
       standstillMs: expect.any(Number),
+      inUse: true,
       generation: { number: 2, parent: 1, reforks: 1, reason: 'it is "warm"' },
     })
+    expect(made.writtenBytes).toBeGreaterThan(100_000)
+    expect(made.writtenBytes).toBeLessThan(made.generation.sizeBytes)
     const said = await call('refork')
     expect(said.stdout).toMatch(
-      /^generation 3 of shop was taken of child \d+, which stood still for \d+ms, and is in use/,
+      /^generation 3 of shop was taken of child \d+, which stood still for \S+, and is in use \([\d.]+ MiB written\)$/m,
     )
     expect((await call('refork', '--from', '1')).stderr).toMatch(/CHILD_GONE/)
     expect((await call('refork', '--from', 'x')).code).toBe(2)
@@ -70,9 +73,14 @@ describe('reforks on the command line', () => {
     expect(generations[2]).not.toHaveProperty('untried')
     expect((await call('generations')).stdout).toMatch(/ 2 .* it is "warm"$/m)
     const { stdout } = await call('ps')
-    expect(stdout).toMatch(/2 of 2 workers; .*last refork \S+ ago \(generation 3: asked for\)/)
+    expect(stdout).toMatch(/2 of 2 workers; .*last refork \S+ ago \(generation 3 of child \d+: asked for\)/)
     expect(stdout).toMatch(/no refork now: /)
-    expect(stdout).toMatch(/^ *\d+ +worker/m)
+    expect(stdout).toMatch(/^ *\d+ +worker.* +\d+ +0 +\S+/m)
+    const { children, lastRefork } = await state()
+    expect(lastRefork).toMatchObject({ reason: 'asked for', generation: 3, error: null })
+    const roles: string[] = children.map(({ role }: { role: string }) => role)
+    expect(roles.filter((role) => role === 'worker')).toHaveLength(2)
+    expect(roles).toContain('parked')
   })
 
   test('rollback and pin change what forks come from, and say why they cannot', async () => {
@@ -115,6 +123,41 @@ describe('reforks on the command line', () => {
     expect((await call('unpin', '--name', 'shop')).code).toBe(0)
     expect((await call('pin', '1', '--name', 'nobody')).stderr).toMatch(/no store of nobody/)
     expect((await call('refork')).stderr).toMatch(/NO_SUPERVISOR/)
+  })
+})
+
+describe('where forks are cold starts', () => {
+  const terminal = new Terminal()
+  afterAll(() => terminal.leave())
+  const start = async (name: string, ...flags: string[]) => {
+    const supervisor = await terminal.run(name, ['--engine', 'spawn', '--pool-size', '0', ...flags])
+    const written = { stdout: '', stderr: '' }
+    supervisor.stdout.on('data', (chunk) => {
+      written.stdout += chunk
+    })
+    supervisor.stderr.on('data', (chunk) => {
+      written.stderr += chunk
+    })
+    return { pid: supervisor.pid, written }
+  }
+
+  test('refork and SIGUSR2 say so, ps counts nothing, and workers write lines after their pids', async () => {
+    const { pid, written } = await start('cold', '--workers', '2', '--no-agent')
+    const called = await terminal.call(['refork', '--name', 'cold', '--json', ...terminal.here])
+    expect([called.code, JSON.parse(called.stderr).code]).toEqual([1, 'ENGINE_UNSUPPORTED'])
+    process.kill(pid, 'SIGUSR2')
+    await eventually(() => written.stderr.includes('warmfork: SIGUSR2: ENGINE_UNSUPPORTED'), 'it says why not')
+    const { stdout } = await terminal.call(['ps', '--name', 'cold', ...terminal.here])
+    const workers = [...stdout.matchAll(/^ *(\d+) +worker +1 +- /gm)].map((match) => match[1])
+    expect(workers).toHaveLength(2)
+    process.kill(Number(workers[0]), 'SIGUSR2')
+    await eventually(() => written.stdout.includes(`[${workers[0]}] got SIGUSR2\n`), 'the worker has said it')
+  })
+
+  test('SIGTTIN says that no workers are kept', async () => {
+    const { pid, written } = await start('none')
+    process.kill(pid, 'SIGTTIN')
+    await eventually(() => written.stderr.includes('none are kept (`--workers`)'), 'it says why not')
   })
 })
 

@@ -14,7 +14,12 @@ const SUBCOMMANDS = [
   'ps',
   'generations',
   'inspect',
+  'refork',
+  'rollback',
+  'pin',
+  'unpin',
   'prune',
+  'flatten',
   'export',
   'import',
   'stop',
@@ -169,7 +174,7 @@ describe('completion', () => {
     }
     mkdirSync(join(terminal.directory, 'shop'))
     writeFileSync(join(terminal.directory, 'shop.txt'), '')
-    expect(complete('warmfork', 'f')).toEqual(['fork'])
+    expect(complete('warmfork', 'fo')).toEqual(['fork'])
     expect(complete('warmfork', 'run', '--engine', '')).toEqual(['auto', 'criu', 'spawn'])
     expect(complete('warmfork', 'run', '--pool-s')).toEqual(['--pool-size'])
     expect(complete('warmfork', 'run', '--cwd', 'sh')).toEqual(['shop'])

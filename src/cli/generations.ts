@@ -1,6 +1,4 @@
 /** `warmfork generations`: what the store holds, and what a running supervisor has made without one (engine spawn). */
-import { lstatSync } from 'node:fs'
-import { join } from 'node:path'
 import type { Command } from 'commander'
 import type { GenerationStatus } from '../control/protocol.js'
 import type { Generation } from '../generations/generation.js'
@@ -8,6 +6,7 @@ import { Store } from '../generations/store.js'
 import { Verdicts } from '../generations/verdicts.js'
 import { subcommand } from './command.js'
 import { print, printJson } from './output.js'
+import { ownBytes } from './own-size.js'
 import { formatDuration, formatMiB } from './quantities.js'
 import { addressedStore, addStoreOptions, type StoreAddress, type StoreAddressed } from './store-address.js'
 import { type Column, colours, table } from './table.js'
@@ -102,15 +101,6 @@ function rowOf(generation: Generation, current: boolean, verdicts: Verdicts): Ro
     ...(isTried || rejected !== undefined ? {} : { untried: true }),
     usedBy: generation.leases().map(({ pid }) => pid),
   }
-}
-
-/** Page files that a child of it goes on with are linked there: until it is removed, they are not its own alone. */
-function ownBytes({ directory, number, manifest }: Generation): number {
-  const made = new RegExp(`^memory-${number}\\b`)
-  return Object.keys(manifest.files).reduce((sum, name) => {
-    const stats = lstatSync(join(directory, name), { throwIfNoEntry: false })
-    return stats && (stats.nlink === 1 || made.test(name)) ? sum + stats.blocks * 512 : sum
-  }, 0)
 }
 
 function stateOf({ current, pinned, rejected, untried }: Row): string {

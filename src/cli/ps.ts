@@ -1,7 +1,7 @@
 /** `warmfork ps`: what runs. */
 import type { Command } from 'commander'
 import { type ControlClient, connectToSupervisor, runningSupervisors } from '../control/client.js'
-import type { Status } from '../control/protocol.js'
+import type { ChildStatus, LastReforkStatus, Status } from '../control/protocol.js'
 import { defaultRuntimeDirectory } from '../control/runtime-directory.js'
 import { type Addressed, JSON_OPTION, RUNTIME_OPTION, subcommand } from './command.js'
 import { print, printJson } from './output.js'
@@ -70,9 +70,9 @@ export function formatStatus(status: Status): string {
   for (const child of status.children) {
     rows.push([
       String(child.pid),
-      stateOf(child, status),
+      stateOf(child),
       String(child.generation),
-      child.requests > 0 ? String(child.requests) : '',
+      child.isCounted ? String(child.requests) : '-',
       formatDuration(child.elapsedMs),
       ...[child.privateBytes, child.sharedBytes, child.pssBytes].map(formatMiB),
       child.cpuPercent.toFixed(0),
@@ -82,22 +82,26 @@ export function formatStatus(status: Status): string {
   return [...head, ...(rows.length > 0 ? [table(COLUMNS, rows)] : [])].join('\n')
 }
 
-function stateOf({ pid, state, generation }: Status['children'][number], status: Status): string {
-  const what = state === 'running' && status.workers.pids.includes(pid) ? 'worker' : state
-  return generation === status.generation ? what : `${what}, outdated`
+function stateOf({ state, role, outdated }: ChildStatus): string {
+  const what = role === 'worker' ? role : state
+  return outdated ? `${what}, outdated` : what
 }
 
-function reforkLines({ workers, pinned, generations, reforkDecision }: Status): string[] {
-  const last = generations.findLast(({ reforks }) => reforks > 0)
-  const ago = (at: string) => formatDuration(Math.max(0, Date.now() - Date.parse(at)))
+function reforkLines({ workers, pinned, lastRefork, reforkDecision }: Status): string[] {
   const phrases = [
     ...(workers.size > 0 ? [`${workers.pids.length} of ${workers.size} workers`] : []),
     ...(workers.outdated > 0 ? [`${workers.outdated} of them outdated`] : []),
     ...(pinned === null ? [] : [`generation ${pinned} is pinned`]),
-    ...(last
-      ? [`last refork ${ago(last.createdAt)} ago (generation ${last.number}: ${last.reason ?? 'asked for'})`]
-      : []),
+    ...(lastRefork ? [reforkWords(lastRefork)] : []),
     ...(reforkDecision && reforkDecision.from === undefined ? [`no refork now: ${reforkDecision.why}`] : []),
   ]
   return phrases.length > 0 ? [`  ${phrases.join('; ')}`] : []
+}
+
+/** When, of which child, and why; or why it failed. */
+function reforkWords({ at, reason, pid, generation, error }: LastReforkStatus): string {
+  const ago = formatDuration(Math.max(0, Date.now() - Date.parse(at)))
+  const of = pid === null ? '' : ` of child ${pid}`
+  if (error !== null) return visible(`a refork${of} failed ${ago} ago (${reason}): ${error}`)
+  return visible(`last refork ${ago} ago (generation ${generation}${of}: ${reason})`)
 }

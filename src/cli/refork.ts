@@ -2,8 +2,10 @@
 import type { Command } from 'commander'
 import { connectToSupervisor } from '../control/client.js'
 import { defaultRuntimeDirectory } from '../control/runtime-directory.js'
+import { Store } from '../generations/store.js'
 import { type Addressed, JSON_OPTION, NAME_OPTION, RUNTIME_OPTION, subcommand } from './command.js'
 import { print, printJson } from './output.js'
+import { ownBytes } from './own-size.js'
 import { formatDuration, formatMiB, parseNumber } from './quantities.js'
 
 interface ReforkFlags extends Addressed {
@@ -28,14 +30,18 @@ export function reforkCommand(): Command {
           ...(from === undefined ? {} : { from }),
           ...(reason === undefined ? {} : { reason }),
         })
+        const { generation, inUse, pid, standstillMs } = made
+        const supervisor = client.hello
+        await using store = await Store.open({ root: supervisor.store, name: supervisor.name, access: 'read' })
+        const writtenBytes = ownBytes(await store.get(generation.number))
         if (json) {
-          printJson({ name: client.hello.name, ...made })
+          printJson({ name: supervisor.name, ...made, writtenBytes })
           return
         }
-        const { generation, pid, standstillMs } = made
         print(
-          `generation ${generation.number} of ${client.hello.name} was taken of child ${pid}, which stood still for ` +
-            `${formatDuration(Math.round(standstillMs))}, and is in use (${formatMiB(generation.sizeBytes)} MiB on disk)`,
+          `generation ${generation.number} of ${supervisor.name} was taken of child ${pid}, which stood still for ` +
+            `${formatDuration(standstillMs)}, and is ${inUse ? 'in use' : 'kept: another is pinned'} ` +
+            `(${formatMiB(writtenBytes)} MiB written)`,
         )
       } finally {
         client.close()

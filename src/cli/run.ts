@@ -1,8 +1,6 @@
 /** `warmfork run`: a supervisor in the foreground, with its control socket, until a signal or `warmfork stop` ends it. */
 import { readFileSync } from 'node:fs'
-import { createInterface } from 'node:readline'
 import type { Command } from 'commander'
-import type { Child } from '../child.js'
 import { generationStatus, supervisorHandlers } from '../control/handlers.js'
 import { PROTOCOL } from '../control/protocol.js'
 import { ControlServer } from '../control/server.js'
@@ -13,6 +11,7 @@ import { exitStatusOf } from './failure.js'
 import { print, printError } from './output.js'
 import { type Progress, progress, QUIET, SILENT } from './progress.js'
 import { addRunFlags, type RunFlags, supervisorOptions } from './run-options.js'
+import { WorkerOutput } from './worker-output.js'
 
 export function runCommand(): Command {
   const command = subcommand('run', 'boot a command once, checkpoint it, and keep warm children of it parked', [
@@ -61,7 +60,9 @@ async function run(options: SupervisorOptions, resolved: ResolvedOptions, flags:
     await supervision.start(options, shown, flags)
     const supervisor = await supervision.started
     announce(supervisor, control.path, flags)
+    supervision.showWorkers()
     await supervision.over
+    await supervision.shown()
     return 0
   } catch (error) {
     // It was asked to end before it could start.
@@ -88,6 +89,7 @@ class Supervision {
   stoppedBy: (typeof STOP_SIGNALS)[number] | 'control' | undefined
   #supervisor: Supervisor | undefined
   readonly #starting = new AbortController()
+  readonly #outputs: WorkerOutput[] = []
   #onCreated!: (supervisor: Supervisor) => void
   #onStarted!: (supervisor: Promise<Supervisor>) => void
   #onOver!: () => void
@@ -112,24 +114,49 @@ class Supervision {
         void this.stop({})
       })
     }
+    // As Pitchfork has them. From the beginning, since their default actions end or stop a program.
+    process.on('SIGUSR2', () => void this.#refork())
+    process.on('SIGTTIN', () => this.#resizeWorkers('SIGTTIN', 1))
+    process.on('SIGTTOU', () => this.#resizeWorkers('SIGTTOU', -1))
   }
 
-  /** As Pitchfork has them. */
-  #obeySignals(supervisor: Supervisor): void {
-    const refork = () =>
-      supervisor.refork({ reason: 'SIGUSR2' }).then(
-        ({ number }) => printError(`warmfork: generation ${number} is in use`),
-        () => {},
-      )
-    const resize = (by: number) => {
-      const count = Math.max(0, supervisor.workers.size + by)
-      if (supervisor.state !== 'running') return
-      supervisor.resizeWorkers(count)
-      printError(`warmfork: ${count} workers`)
+  async #refork(): Promise<void> {
+    const supervisor = this.#supervisor
+    if (supervisor?.state !== 'running') return printError('warmfork: SIGUSR2: no refork, since it does not run yet')
+    try {
+      const { number } = await supervisor.refork({ reason: 'SIGUSR2' })
+      const isUsed = supervisor.generation === number
+      printError(`warmfork: generation ${number} is ${isUsed ? 'in use' : 'kept: another is pinned'}`)
+    } catch (error) {
+      printError(`warmfork: SIGUSR2: ${(error as Error).message}`)
     }
-    process.on('SIGUSR2', refork)
-    process.on('SIGTTIN', () => resize(1))
-    process.on('SIGTTOU', () => resize(-1))
+  }
+
+  #resizeWorkers(signal: NodeJS.Signals, by: number): void {
+    const supervisor = this.#supervisor
+    const why =
+      supervisor?.state !== 'running'
+        ? 'it does not run yet'
+        : this.options.workers.count === 0
+          ? 'none are kept (`--workers`)'
+          : undefined
+    if (!supervisor || why !== undefined) {
+      printError(`warmfork: ${signal}: no change of workers, since ${why}`)
+      return
+    }
+    const count = Math.max(0, supervisor.workers.size + by)
+    supervisor.resizeWorkers(count)
+    printError(`warmfork: ${count} ${count === 1 ? 'worker' : 'workers'}`)
+  }
+
+  /** From now on what workers write is shown, from its beginning. */
+  showWorkers(): void {
+    for (const output of this.#outputs) output.begin()
+  }
+
+  /** Resolves when what workers wrote is written. */
+  async shown(): Promise<void> {
+    await Promise.all(this.#outputs.map((output) => output.finish()))
   }
 
   async start(options: SupervisorOptions, shown: Progress, flags: RunFlags): Promise<void> {
@@ -141,19 +168,29 @@ class Supervision {
         supervisor.on('warning', (warning) => shown.warn(warning))
         if (flags.showOutput) supervisor.on('templateOutput', (_stream, chunk) => process.stderr.write(chunk))
         // Of `warmfork fork` each child has the streams of its client; those that have pipes are workers.
-        if (flags.workers) supervisor.on('child', (child) => showOutput(child))
+        if (this.options.workers.count > 0) this.#takeOutput(supervisor)
         shown.follow(supervisor)
         this.#onCreated(supervisor)
       },
     })
     this.#onStarted(starting)
     try {
-      this.#obeySignals(await starting)
+      await starting
       await shown.finish()
     } catch (error) {
       await shown.finish(error)
       throw error
     }
+  }
+
+  #takeOutput(supervisor: Supervisor): void {
+    const [stdout, stderr] = [new WorkerOutput(process.stdout), new WorkerOutput(process.stderr)]
+    this.#outputs.push(stdout, stderr)
+    supervisor.on('child', (child) => {
+      if (!child.hasPipes) return
+      stdout.show(child.pid, child.stdout)
+      stderr.show(child.pid, child.stderr)
+    })
   }
 
   async stop(options: StopOptions): Promise<void> {
@@ -167,19 +204,6 @@ class Supervision {
     for (const child of this.#supervisor?.children ?? []) void child.end({ graceMs: 0 })
     const template = this.#supervisor?.template
     if (template?.running) process.kill(template.pid, 'SIGKILL')
-  }
-}
-
-/** What a worker writes, in whole lines, each with its pid. */
-function showOutput(child: Child): void {
-  if (!child.hasPipes) return
-  for (const [from, to] of [
-    [child.stdout, process.stdout],
-    [child.stderr, process.stderr],
-  ] as const) {
-    createInterface({ input: from, crlfDelay: Number.POSITIVE_INFINITY }).on('line', (line) => {
-      to.write(`[${child.pid}] ${line}\n`)
-    })
   }
 }
 

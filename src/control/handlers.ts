@@ -5,11 +5,12 @@ import type { ForkInput } from '../agents/group.js'
 import type { Child, ChildStats } from '../child.js'
 import type { GenerationInfo, StdioFds } from '../engines/engine.js'
 import { WarmforkError } from '../errors.js'
+import type { LastRefork } from '../refork/changes.js'
 import type { Refork } from '../refork/refork.js'
 import type { StopOptions, Supervisor } from '../supervisor.js'
 import type { TerminalSize } from '../terminal.js'
 import { takeStdio } from './client-stdio.js'
-import type { ForkInputParams, GenerationStatus, Status } from './protocol.js'
+import type { ChildStatus, ForkInputParams, GenerationStatus, LastReforkStatus, Status } from './protocol.js'
 import type { Caller, Handlers } from './server.js'
 import type { TerminalLink } from './terminal-link.js'
 
@@ -73,12 +74,24 @@ export function supervisorHandlers(controlled: Controlled): Handlers {
       const supervisor = await until(caller.signal, controlled.started)
       const child = from === undefined ? undefined : supervisor.children.find(({ pid }) => pid === from)
       if (from !== undefined && !child) {
-        throw new WarmforkError('CHILD_GONE', { tried: `refork child ${from}`, happened: 'no child of that pid runs' })
+        throw new WarmforkError('CHILD_GONE', {
+          tried: `refork child ${from}`,
+          happened: 'no child of that pid runs',
+          remedy: 'List those that do with `warmfork ps`.',
+        })
       }
-      const made = new Promise<Refork>((resolve) => supervisor.once('refork', resolve))
-      await supervisor.refork({ ...(child ? { from: child } : {}), ...(reason === undefined ? {} : { reason }) })
-      const { generation, ...times } = await made
-      return { generation: generationStatus(generation), ...times }
+      // Others may be under way before it.
+      const made = new Map<number, Refork>()
+      const note = (refork: Refork) => made.set(refork.generation.number, refork)
+      supervisor.on('refork', note)
+      try {
+        const options = { ...(child ? { from: child } : {}), ...(reason === undefined ? {} : { reason }) }
+        const { number } = await supervisor.refork(options)
+        const { generation, ...times } = made.get(number)!
+        return { generation: generationStatus(generation), inUse: supervisor.generation === number, ...times }
+      } finally {
+        supervisor.off('refork', note)
+      }
     },
 
     async rollback(options, caller) {
@@ -207,6 +220,12 @@ async function until<T>(signal: AbortSignal, promise: Promise<T>): Promise<T> {
 export async function statusOf(supervisor: Supervisor, version: string): Promise<Status> {
   const stats = await supervisor.stats()
   const parked = await Promise.all(stats.pool.parked.map(statsIfThere))
+  const workers = supervisor.workers.workers.map(({ pid }) => pid)
+  const childStatus = (child: ChildStats): ChildStatus => ({
+    ...child,
+    role: child.state === 'parked' ? 'parked' : workers.includes(child.pid) ? 'worker' : 'child',
+    outdated: child.generation !== stats.generation,
+  })
   return {
     name: stats.name,
     pid: stats.pid,
@@ -221,9 +240,10 @@ export async function statusOf(supervisor: Supervisor, version: string): Promise
     template: stats.template ? { ...stats.template, memory: stats.template.memory ?? null } : null,
     pinned: stats.pinned ?? null,
     reforkDecision: stats.reforkDecision ?? null,
+    lastRefork: stats.lastRefork ? lastReforkStatus(stats.lastRefork) : null,
     pool: { size: stats.pool.size, starting: stats.pool.starting },
-    workers: { ...stats.workers, pids: supervisor.workers.workers.map(({ pid }) => pid) },
-    children: [...parked.filter((child) => child !== undefined), ...stats.children],
+    workers: { ...stats.workers, pids: workers },
+    children: [...parked.filter((child) => child !== undefined), ...stats.children].map(childStatus),
     forks: stats.forks,
     warnings: supervisor.warnings.map(({ kind, message }) => ({ kind, message })),
   }
@@ -236,6 +256,11 @@ async function statsIfThere(child: Child): Promise<ChildStats | undefined> {
   } catch {
     return undefined
   }
+}
+
+function lastReforkStatus({ at, reason, pid, generation, error }: LastRefork): LastReforkStatus {
+  const made = { pid: pid ?? null, generation: generation ?? null }
+  return { at: at.toISOString(), reason, ...made, error: error?.message ?? null }
 }
 
 export function generationStatus(info: GenerationInfo): GenerationStatus {

@@ -57,6 +57,26 @@ export interface WarningStatus {
   readonly message: string
 }
 
+export interface ChildStatus extends ChildStats {
+  /** `worker`: the supervisor keeps it running by itself; `child`: somebody asked for it. */
+  readonly role: 'worker' | 'child' | 'parked'
+  /** Whether forks come from another generation by now. */
+  readonly outdated: boolean
+}
+
+/** `LastRefork` without what JSON cannot hold. */
+export interface LastReforkStatus {
+  /** ISO 8601. */
+  readonly at: string
+  readonly reason: string
+  /** Of the child that it was taken of, or was to be; null where none was found. */
+  readonly pid: number | null
+  /** The one that it made; null where it failed. */
+  readonly generation: number | null
+  /** Why it failed. */
+  readonly error: string | null
+}
+
 /** `SupervisorStats` without what JSON cannot hold. */
 export interface Status {
   readonly name: string
@@ -80,11 +100,13 @@ export interface Status {
   readonly pinned: number | null
   /** What the policy of reforks decided last; null where there is none. */
   readonly reforkDecision: ReforkDecision | null
+  /** The one that was made last, or came to nothing; null where there was none. */
+  readonly lastRefork: LastReforkStatus | null
   readonly pool: { readonly size: number; readonly starting: number }
   /** Those that the supervisor keeps running by itself: how many are to be, and which of the children they are. */
   readonly workers: { readonly size: number; readonly outdated: number; readonly pids: readonly number[] }
   /** The parked ones first, then those that run, each oldest first. */
-  readonly children: readonly ChildStats[]
+  readonly children: readonly ChildStatus[]
   readonly forks: SupervisorStats['forks']
   readonly warnings: readonly WarningStatus[]
 }
@@ -120,7 +142,8 @@ export interface Methods {
   refork: {
     params: { from?: number; reason?: string }
     event: never
-    result: { generation: GenerationStatus; pid: number; restMs: number; standstillMs: number }
+    /** `inUse`: whether forks come from it, which they do not where another is pinned. */
+    result: { generation: GenerationStatus; inUse: boolean; pid: number; restMs: number; standstillMs: number }
   }
   /** Goes back to an earlier generation. */
   rollback: { params: { to?: number; reason?: string }; event: never; result: { generation: number; from: number } }
