@@ -2,6 +2,8 @@ import { closeSync, lstatSync, openSync, readdirSync, readSync, utimesSync, writ
 import { join } from 'node:path'
 import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest'
 import type { Generation } from '../src/generations/generation.js'
+import { Store } from '../src/generations/store.js'
+import { Terminal } from './cli-harness.js'
 import { type Child, Laboratory, type Program } from './fixtures/forks.js'
 import { attributes, describeMapping, isPageFile, smaps, wrongMemory } from './fixtures/memory-comparison.js'
 import { cached, debianInstall, PROJECT, RUNTIME_CACHE, run } from './runtimes/runtime.js'
@@ -312,5 +314,35 @@ describe('a chain with flattenings at random between', () => {
     }
     await lab.endAll()
     for (const number of numbers) await lab.forget(number)
+  })
+})
+
+describe('warmfork flatten', () => {
+  const terminal = new Terminal()
+  afterAll(() => terminal.leave())
+
+  it('makes a flat generation in a store whose supervisor does not run', async () => {
+    const template = lab.start([randmap, '41', '60'])
+    await template.talk.untilReady()
+    const numbers = await chain(template, 3, /^ok /, true)
+    const last = numbers.at(-1)!
+    const { store } = await lab.engine()
+    const flags = ['--name', 'test', '--store', join(lab.directory, 'store'), ...terminal.here]
+    const call = (number: number, ...more: string[]) => terminal.call(['flatten', String(number), ...flags, ...more])
+    const refused = await call(last)
+    expect([refused.code, refused.stderr]).toEqual([1, expect.stringContaining('STORE_LOCKED')])
+    await (await lab.engine()).close()
+
+    const { stdout, stderr } = await call(last, '--json')
+    expect(stderr).toBe('')
+    const { number, writtenBytes } = JSON.parse(stdout)
+    expect(writtenBytes).toBeGreaterThan(0)
+    await using now = await Store.open({ name: 'test', root: join(lab.directory, 'store'), access: 'read' })
+    expect(now.directory).toBe(store.directory)
+    const flat = await now.get(number)
+    await flat.verify()
+    expect([flat.pageFiles, flat.manifest.parent]).toEqual([[`memory-${number}.warmfork-pages`], last])
+    expect((await call(number)).stdout).toBe(`generation ${number} of test is flat already\n`)
+    expect((await call(number + 1)).stderr).toContain('GENERATION_NOT_FOUND')
   })
 })

@@ -155,7 +155,7 @@ describe('a chain of generations', () => {
       const { files, edits } = await manifestOf(number)
       const names = Object.keys(files).filter((name) => name.endsWith('.warmfork-pages'))
       expect(names.length).toBeLessThanOrEqual(MOST_PAGE_FILES)
-      expect((edits as { mappings: number }).mappings).toBeLessThan(mappings + 300)
+      expect((edits as { mappings: number }).mappings).toBeLessThan(mappings + 650)
       // A page file that nothing maps is not linked in.
       const linked = new Set(
         smaps(child.pid)

@@ -75,19 +75,25 @@ describe('memory that a fork shares with its generation', () => {
     expect(names).toEqual(['/bin/tiny', NEW_PATH])
   })
 
-  it('moves where a run was written, and is copied where a page was', () => {
+  it('moves where a run or a page was written, and no more than that', () => {
     const pages: [bigint, number, number][] = [
       [A + 10n * PAGE, 1, 1],
       [A + 100n * PAGE, 30, 2],
     ]
     const { made, vmasOf, kept } = plan({ processes: [{ pid: 50, vmas: [mapped(A, 300, 0)], pages }] })
     expect(vmasOf(50)).toMatchObject([
-      { pages: [0, 100], file: OLD_PATH, offset: 0 },
+      { pages: [0, 10], file: OLD_PATH, offset: 0 },
+      { pages: [10, 11], file: NEW_PATH },
+      { pages: [11, 100], file: OLD_PATH, offset: 11 },
       { pages: [100, 130], file: NEW_PATH },
       { pages: [130, 300], file: OLD_PATH, offset: 130 },
     ])
-    expect(kept).toEqual([[10, 11]])
-    expect(made.copies).toMatchObject([{ source: { kind: 'pages', offset: 4096 }, length: 30 * 4096 }])
+    expect(kept).toEqual([])
+    expect(made.copies.map(({ source, length }) => [source.kind, source.offset, length])).toEqual([
+      ['pages', 0, 4096],
+      ['pages', 4096, 30 * 4096],
+    ])
+    expect(made.written).toEqual({ firstBytes: 31 * 4096, againBytes: 0 })
   })
 
   it('moves with what lies between two runs, but for holes', () => {

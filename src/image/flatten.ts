@@ -14,8 +14,6 @@ export interface FlattenOptions extends ImagePlaces {
   pageFiles: readonly InheritedPageFile[]
   /** Wipe-on-fork ranges, by pid, which stay as they are. @default none */
   wiped?: ReadonlyMap<number, readonly Range[]>
-  /** Forks keep the ids of the image: places that remember them need not be known. @default false */
-  keepsIds?: boolean
 }
 
 export interface FlatImage {
@@ -36,7 +34,8 @@ export async function flatten(options: FlattenOptions): Promise<FlatImage> {
   const living = set.processes().filter(({ dead }) => !dead)
   const spaces = living.map(({ pid }) => new AddressSpace(set, pid))
   try {
-    const places = living.map((process, i) => findIdPlaces(set, process, spaces[i]!, options.keepsIds))
+    // Whether each thread's place had to be known was asked when the image was prepared.
+    const places = living.map((process, i) => findIdPlaces(set, process, spaces[i]!, true))
     const names = new Set(options.pageFiles.map(({ seenPath }) => seenPath))
     const ids = new Set(
       set.files().flatMap(({ id, regular }) => (regular && names.has(regular.name) ? [BigInt(id)] : [])),

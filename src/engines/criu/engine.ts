@@ -409,7 +409,7 @@ export class CriuEngine implements Engine {
     const generation = await this.store.get(number)
     if (isFlat(generation)) return generation.info
     this.#checkFit(generation)
-    const made = await flattenInto(this.store, generation, { keepsIds: this.#options.identity === 'namespace' })
+    const made = await flattenInto(this.store, generation)
     // The other one may be removed before this one is forked from.
     if (this.#sockets.has(number)) this.#sockets.have(made.number, sharedSocketsOf(made))
     this.#unopened.set(made.number, made)

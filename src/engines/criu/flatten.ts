@@ -16,14 +16,10 @@ export function isFlat(generation: Generation): boolean {
 
 /**
  * Makes a flat generation of another one, which stays. The new one is held by this process until it calls `letGo`; it outlives its
- * supervisor where the other one does. `keepsIds`: as for its forks. Throws GENERATION_MISFIT (a file that it maps is lost), GENERATION_CORRUPT, and what `Store.create`
+ * supervisor where the other one does. Throws GENERATION_MISFIT (a file that it maps is lost), GENERATION_CORRUPT, and what `Store.create`
  * throws.
  */
-export async function flattenInto(
-  store: Store,
-  generation: Generation,
-  { keepsIds = false }: { keepsIds?: boolean } = {},
-): Promise<Generation> {
+export async function flattenInto(store: Store, generation: Generation): Promise<Generation> {
   // It may be pruned meanwhile.
   generation.hold()
   try {
@@ -50,7 +46,6 @@ export async function flattenInto(
         pageFile: { write: join(draft.directory, name), map: join(draft.finalDirectory, name) },
         pageFiles: lineage.pageFiles,
         wiped: decodeWiped(engineData),
-        keepsIds,
       })
       await lineage.link(draft, flat.stillOpen)
       const kept = new Map(generation.keptCopies.map((copy) => [copy.entry.path, copy]))
