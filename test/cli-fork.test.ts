@@ -163,7 +163,9 @@ describe.each(ENGINES)('fork, with the engine %s', (engine) => {
     const { stdout } = await terminal.call(['ps', ...terminal.here])
     expect(stdout).toMatch(/^shop {2}pid \d+, running for \S+, engine (spawn|criu)\n/)
     expect(stdout).toMatch(/^ +PID +STATE +GEN +REQUESTS +AGE +PRIVATE MiB +SHARED MiB +PSS MiB +CPU % +CPU s$/m)
-    expect(stdout).toMatch(new RegExp(`^ *${pid} +running +1 +\\S+ +[\\d.]+ +[\\d.]+ +[\\d.]+ +\\d+ +[\\d.]+$`, 'm'))
+    expect(stdout).toMatch(
+      new RegExp(`^ *${pid} +running +1 +(-|0) +\\S+ +[\\d.]+ +[\\d.]+ +[\\d.]+ +\\d+ +[\\d.]+$`, 'm'),
+    )
     expect(stdout).not.toContain('\u001b')
     stdin.end()
     await ended

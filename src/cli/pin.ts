@@ -1,4 +1,4 @@
-/** `warmfork pin` and `unpin`: stay with a generation, and no more; of a supervisor that runs, or for the next start of one that does not. */
+/** `warmfork pin`: stays with a generation; of a supervisor that runs, or for the next start of one that does not. */
 import type { Command } from 'commander'
 import { connectToSupervisor } from '../control/client.js'
 import { defaultRuntimeDirectory } from '../control/runtime-directory.js'
@@ -21,16 +21,8 @@ export function pinCommand(): Command {
   })
 }
 
-export function unpinCommand(): Command {
-  const command = subcommand('unpin', 'fork from the newest generation again', [['warmfork unpin', 'after a pin']])
-  return addStoreOptions(command).action(async (flags: StoreAddressed) => {
-    const { name } = await pin(null, flags)
-    if (flags.json) printJson({ name, pinned: null })
-    else print(`${name} goes with the newest generation`)
-  })
-}
-
-async function pin(number: number | null, flags: StoreAddressed): Promise<StoreAddress> {
+/** `null`: none any more. */
+export async function pin(number: number | null, flags: StoreAddressed): Promise<StoreAddress> {
   const address = await addressedStore(flags)
   if (!address.running) {
     await pinStopped(address, number)
