@@ -112,6 +112,14 @@ export class Succession {
     throw new WarmforkError('GENERATION_NOT_FOUND', { tried, happened })
   }
 
+  /** Numbers of those after one generation and up to another that were not rejected. */
+  async between(after: number, upTo: number): Promise<readonly number[]> {
+    const all = await this.#options.engine.list()
+    return all.flatMap(({ number }) =>
+      number > after && number <= upTo && this.whyNot(number) === undefined ? [number] : [],
+    )
+  }
+
   /** The newest that was not rejected. */
   async newest(): Promise<GenerationInfo | undefined> {
     return (await this.#options.engine.list()).findLast(({ number }) => this.whyNot(number) === undefined)
@@ -182,7 +190,7 @@ export class Succession {
 }
 
 /** The generations that one was made of, one of the other. */
-function ancestors(number: number, all: readonly GenerationInfo[]): number[] {
+export function ancestors(number: number, all: readonly { number: number; parent: number | null }[]): number[] {
   const found: number[] = []
   const parents = new Map(all.map((one) => [one.number, one.parent]))
   for (let at = parents.get(number); at; at = parents.get(at)) found.push(at)

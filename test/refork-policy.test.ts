@@ -101,6 +101,19 @@ describe('thresholds', () => {
   })
 })
 
+test('a function that gives no verdict makes no refork', async () => {
+  const silent = (() => {}) as unknown as ReforkSetting
+  const decision = await policy(silent).observe(seen([child(7, 1_000)]))
+  expect(decision).toEqual({ from: undefined, why: 'the function `refork` gave no verdict' })
+  expect((await policy((() => null) as never).observe(seen([child(7, 1)]))).from).toBeUndefined()
+})
+
+test('what is given as undefined has its default', async () => {
+  const given = { after: undefined, jitter: undefined, backoffMs: undefined } as never
+  expect((await policy(given).observe(seen([child(7, 44)]))).from).toBeUndefined()
+  expect((await policy(given).observe(seen([child(7, 56)]))).from).toBe(7)
+})
+
 test('a function decides by itself: yes, no, a pid, or a decision', async () => {
   const children = [child(6, 3), child(7, 20)]
   const decide = (setting: ReforkSetting) => policy(setting).observe(seen(children))
@@ -213,6 +226,22 @@ describe('auto', () => {
     const { decisions } = await live(() => 5, { private: private_ })
     expect(decisions.length).toBe(1)
     expect(decisions[0]!.why).toMatch(/MiB of their own/)
+  })
+
+  test('decides again for what failed or was put off', async () => {
+    const auto = policy('auto')
+    const tried: number[] = []
+    let ms = 0
+    let requests = 0
+    for (let nowMs = 0; nowMs < 60_000; nowMs += 250) {
+      for (let i = 0; i < 25; i++) ms += v8(requests++)
+      const one = child(7, requests, { requestMs: ms, cpuMs: Math.floor(ms / 10) * 10 })
+      if ((await auto.observe(seen([one], { nowMs }))).from === undefined) continue
+      tried.push(nowMs)
+      auto.outcome('failed', nowMs)
+    }
+    expect(tried.length).toBe(3)
+    expect([tried[1]! - tried[0]!, tried[2]! - tried[1]!]).toEqual([10_000, 20_000])
   })
 
   test('bears ids that are given again, and children that come and go', async () => {

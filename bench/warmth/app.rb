@@ -5,6 +5,8 @@ require 'digest'
 require 'erb'
 require 'json'
 
+# It writes head and body one after the other, and would wait for the acknowledgement of the first.
+java.lang.System.set_property('sun.net.httpserver.nodelay', 'true')
 java_import 'com.sun.net.httpserver.HttpServer'
 java_import 'java.net.InetSocketAddress'
 java_import 'java.util.concurrent.Executors'

@@ -3,6 +3,7 @@ import type { Command } from 'commander'
 import { connectToSupervisor } from '../control/client.js'
 import { defaultRuntimeDirectory } from '../control/runtime-directory.js'
 import { WarmforkError } from '../errors.js'
+import { ancestors } from '../succession.js'
 import { subcommand } from './command.js'
 import { print, printJson } from './output.js'
 import { parseNumber } from './quantities.js'
@@ -46,16 +47,19 @@ function ofStopped(address: StoreAddress, { to, reason = 'asked for' }: Rollback
     const usable = (await store.list()).filter(
       ({ ephemeral, number }) => !ephemeral && verdicts.whyNot(number) === undefined,
     )
-    const wanted = to === undefined ? usable.at(-2) : usable.find(({ number }) => number === to)
-    const newest = usable.at(-1)
-    if (!wanted || !newest || wanted === newest) {
+    const { pinned } = verdicts
+    const from = usable.find(({ number }) => number === pinned) ?? usable.at(-1)
+    const infos = usable.map(({ info }) => info)
+    const before = new Set(from ? ancestors(from.number, infos) : [])
+    const wanted = usable.findLast(({ number }) => (to === undefined ? before.has(number) : number === to))
+    if (!wanted || !from || wanted.number >= from.number) {
       const happened =
         to === undefined
-          ? 'there is no earlier generation that can be used'
-          : 'it is not there, rejected, or the newest'
+          ? 'there is no earlier generation that the next start would come from and that can be used'
+          : 'it is not there, rejected, or not before the one that the next start begins with'
       throw new WarmforkError('GENERATION_NOT_FOUND', { tried, happened })
     }
     for (const { number } of usable) if (number > wanted.number) await verdicts.reject(number, reason)
-    return { generation: wanted.number, from: newest.number }
+    return { generation: wanted.number, from: from.number }
   })
 }

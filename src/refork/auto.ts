@@ -23,6 +23,8 @@ const LATEST_FIRST_LOOK = 20_000
 const LEAST_CPU_MS = 100
 /** Samples of a child that are kept: the looks are at doublings. */
 const MOST_SAMPLES = 400
+/** Ended children whose first requests are remembered: enough for a median. */
+const MOST_ENDED = 100
 /** Memory that all children together would share again, from which on a refork pays by that alone; and its share of what they have. */
 const LEAST_DRIFT_BYTES = 64 * 2 ** 20
 /** A generation that was made for memory has to have less drift at the same requests, by this share, or memory is no reason any more. */
@@ -51,10 +53,14 @@ export class AutoPolicy {
   #generation = 0
   /** Children of the generation in use. */
   #seen = new Map<number, Seen>()
+  /** What the first requests of children that have ended cost. */
+  #ended: Cost[] = []
   #lookAt = FRESH_REQUESTS
   #last = 'nothing was measured yet'
   /** Private bytes of a child for each request, when a refork was made for memory. */
   #driftBefore: number | undefined
+  /** The same of a refork for memory that was decided, and is not made yet. */
+  #driftDecided: number | undefined
   #isMemoryReason = true
 
   observe(observation: ReforkObservation): ReforkDecision {
@@ -69,27 +75,37 @@ export class AutoPolicy {
     }
     const decision = this.#look(warmest, children)
     this.#last = decision.why
-    while (this.#lookAt <= warmest.requests) this.#lookAt *= 2
+    // One that is to be made is decided anew until there is another generation: it can fail, or be put off.
+    if (decision.from === undefined) while (this.#lookAt <= warmest.requests) this.#lookAt *= 2
     return decision
   }
 
   #begin(generation: number, reforks: number): void {
     this.#generation = generation
     this.#seen = new Map()
+    this.#ended = []
+    this.#driftBefore ??= this.#driftDecided
     this.#lookAt = Math.min(LATEST_FIRST_LOOK, FRESH_REQUESTS * SPARSER ** reforks)
   }
 
   #note(children: readonly ObservedChild[]): void {
     const alive = new Set(children.map(({ pid }) => pid))
-    for (const pid of this.#seen.keys()) if (!alive.has(pid) && !this.#seen.get(pid)!.fresh) this.#seen.delete(pid)
+    for (const [pid, { fresh }] of this.#seen) {
+      if (alive.has(pid)) continue
+      this.#seen.delete(pid)
+      if (fresh) this.#ended.push(fresh)
+      if (this.#ended.length > MOST_ENDED) this.#ended.shift()
+    }
     for (const { pid, requests, requestMs, cpuMs } of children) {
       let seen = this.#seen.get(pid)
       const last = seen?.samples.at(-1)
       // Before its first request, or of an id that was given again.
       if (!seen || requests === 0 || (last && requests < last.requests)) {
         const idle = { requests: 0, requestMs: requestMs === undefined && requests > 0 ? undefined : 0 }
-        // One that was seen for the first time in its work began at its fork with next to nothing.
-        seen = { samples: [{ ...idle, cpuMs: requests === 0 ? cpuMs : 0 }], fresh: undefined }
+        // One that was seen for the first time in its work began at its fork with next to nothing; one that counts anew had used
+        // what was seen of it last.
+        const usedMs = last && cpuMs >= last.cpuMs ? last.cpuMs : 0
+        seen = { samples: [{ ...idle, cpuMs: requests === 0 ? cpuMs : usedMs }], fresh: undefined }
         this.#seen.set(pid, seen)
       }
       if (requests === seen.samples.at(-1)!.requests) continue
@@ -110,7 +126,7 @@ export class AutoPolicy {
     const quarter = at((half?.requests ?? 0) / 2)
     const warm = half && costBetween(half, now)
     const before = half && quarter && half.requests - quarter.requests > 0 ? costBetween(quarter, half) : undefined
-    const fresh = medianCost([...this.#seen.values()].flatMap((seen) => seen.fresh ?? []))
+    const fresh = medianCost([...this.#ended, ...[...this.#seen.values()].flatMap((seen) => seen.fresh ?? [])])
     const drift = this.#drift(warmest, children)
     if (drift) return { from: warmest.pid, why: drift }
     const not = (why: string): ReforkDecision => ({ from: undefined, why })
@@ -137,7 +153,7 @@ export class AutoPolicy {
     }
     const total = own.reduce((sum, child) => sum + (child.privateBytes ?? 0), 0)
     if (own.length < 2 || total < LEAST_DRIFT_BYTES || this.#driftBefore !== undefined) return undefined
-    this.#driftBefore = perRequest
+    this.#driftDecided = perRequest
     return `${own.length} children have ${(total / MEBI).toFixed(0)} MiB of their own, child ${pid} ${(privateBytes / MEBI).toFixed(0)} after ${requests} requests`
   }
 }

@@ -135,8 +135,10 @@ export class Changes extends EventEmitter<ChangeEvents> {
       const from = succession.number
       const { number } = await succession.earlier(to)
       if (number === from) return succession.source!.generation
+      const left = await succession.between(number, from)
       const generation = await this.#switchTo(number, true)
-      await succession.reject(from, reason)
+      // Those between came of it, or led to it: a later start must not begin with one of them.
+      for (const one of left) await succession.reject(one, reason)
       warn('rollback', `generation ${from} is not used any more, and generation ${number} is again: ${reason}`)
       this.emit('rollback', number, from, reason)
       return generation

@@ -66,13 +66,19 @@ const thresholds = z.strictObject({
   unit: z.enum(['requests', 'forks', 'seconds'], { error: "to be one of 'requests', 'forks', 'seconds'" }).optional(),
   repeatLast: z.boolean({ error: 'to be true or false' }).optional(),
   backoffMs: z.number({ error: 'to be a time in milliseconds' }).min(0, 'to be 0 or more milliseconds').optional(),
-  maxGenerations: z.number({ error: wholeWords }).int(wholeWords).min(0, wholeWords).optional(),
+  // Infinity, the default, is no number to zod.
+  maxGenerations: z
+    .custom<number>(
+      (value) => value === Number.POSITIVE_INFINITY || (Number.isInteger(value) && (value as number) >= 0),
+      wholeWords,
+    )
+    .optional(),
   jitter: share.min(0, 'to be a share, from 0 to 1').max(1, 'to be a share, from 0 to 1').optional(),
 })
 /** What `refork` can be, for the check of options; each message is the phrase after "Expected `x` ". */
 export const reforkSchema = z.unknown().superRefine((value, context) => {
   if (value === false || value === 'auto' || typeof value === 'function') return
-  if (typeof value !== 'object' || value === null) {
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     context.addIssue({ code: 'custom', message: words })
     return
   }
@@ -112,7 +118,7 @@ export class ReforkPolicy {
         ? this.#auto.observe(observation)
         : typeof setting === 'function'
           ? await this.#ask(setting, observation)
-          : this.#byThresholds({ ...DEFAULTS, ...setting }, observation)
+          : this.#byThresholds(withDefaults(setting), observation)
     if (decision.from === undefined || waitMs <= 0) return decision
     return no(`the last refork failed, and the next waits ${Math.ceil(waitMs / 1000)} s`)
   }
@@ -163,12 +169,20 @@ export class ReforkPolicy {
 
   async #ask(policy: ReforkFunction, observation: ReforkObservation): Promise<ReforkDecision> {
     const verdict = await policy(observation)
-    if (typeof verdict === 'object') return verdict
     if (verdict === false) return no('the function `refork` says no')
+    if (typeof verdict === 'object' && verdict !== null) return verdict
+    // One without a `return`, in plain JavaScript, must not refork at each look.
+    if (verdict !== true && typeof verdict !== 'number') return no('the function `refork` gave no verdict')
     if (typeof verdict === 'number') return { from: verdict, why: `the function \`refork\` names child ${verdict}` }
     const warmest = warmestOf(observation.children, observation.generation)
     return typeof warmest === 'string' ? no(warmest) : yes(warmest, 'the function `refork` says yes')
   }
+}
+
+/** A member that is there and undefined is one that is not there. */
+function withDefaults(setting: ReforkThresholds): Required<ReforkThresholds> {
+  const given = Object.fromEntries(Object.entries(setting).filter(([, value]) => value !== undefined))
+  return { ...DEFAULTS, ...given }
 }
 
 const no = (why: string): ReforkDecision => ({ from: undefined, why })

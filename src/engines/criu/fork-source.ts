@@ -73,6 +73,9 @@ const REFILL_DELAY_MS = 5
 /** After this time each process of a restored tree has taken its SIGSTOP, which is on the way when criu is done. */
 const STOPPED_MS = 250
 
+/** Of all sources: two of one generation can be open at once, when it comes into use again before the first is closed. */
+let sequence = 0
+
 export class CriuForkSource implements ForkSource {
   readonly #options: SourceOptions
   readonly #ahead: { restorer: Restorer; fresh: number[]; image: ForkImage }[] = []
@@ -85,7 +88,6 @@ export class CriuForkSource implements ForkSource {
   /** Read by descriptor where the workers' user may not enter the store. */
   readonly #pageFiles: { key: string; fd: number }[]
   readonly #queue = new PQueue({ concurrency: AT_ONCE })
-  #sequence = 0
   #closed = false
   #refill: NodeJS.Timeout | undefined
 
@@ -241,7 +243,7 @@ export class CriuForkSource implements ForkSource {
     try {
       const { launcher, generation, stdio, terminal, channels, listeners, directory } = this.#options
       const derived = image.derive(this.#freshIds(image, fresh), fresh[0])
-      this.#sequence += 1
+      sequence += 1
       const restorer = new Restorer({
         argv: launcher.argv,
         env: launcher.env,
@@ -249,7 +251,7 @@ export class CriuForkSource implements ForkSource {
         namespaceIds: this.#keepsIds ? image.ids : undefined,
         derived,
         preparedDirectory: generation.imageDirectory,
-        directory: join(directory, `fork-${generation.number}-${this.#sequence}`),
+        directory: join(directory, `fork-${generation.number}-${sequence}`),
         stdio,
         given,
         terminal,
