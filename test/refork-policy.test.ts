@@ -228,6 +228,23 @@ describe('auto', () => {
     expect(decisions[0]!.why).toMatch(/MiB of their own/)
   })
 
+  test('sees a short warm-up at a high rate, by the first requests', async () => {
+    const auto = policy('auto')
+    let ms = 0
+    let requests = 0
+    let first: ObservedChild['first']
+    const decisions: ReforkDecision[] = []
+    for (let nowMs = 0; nowMs < 5_000; nowMs += 250) {
+      for (let i = 0; i < 3_000; i++) {
+        ms += v8(requests++)
+        if (requests === 50) first = { requests, requestMs: ms, cpuMs: Math.floor(ms / 10) * 10 }
+      }
+      const one = child(7, requests, { requestMs: ms, cpuMs: Math.floor(ms / 10) * 10, first })
+      decisions.push(await auto.observe(seen([one], { nowMs })))
+    }
+    expect(decisions.some(({ from }) => from === 7)).toBe(true)
+  })
+
   test('decides again for what failed or was put off', async () => {
     const auto = policy('auto')
     const tried: number[] = []

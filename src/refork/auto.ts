@@ -6,10 +6,14 @@
  * looks when the warmest child has answered 50 requests, 100, 200, 400 …; after each refork the first look is eight times later; and where
  * the gain is not great it waits until the child has stopped to become faster.
  */
-import { type ObservedChild, type ReforkDecision, type ReforkObservation, warmestOf } from './observation.js'
+import {
+  FIRST_REQUESTS,
+  type ObservedChild,
+  type ReforkDecision,
+  type ReforkObservation,
+  warmestOf,
+} from './observation.js'
 
-/** Of a fresh child, and the least that a cost is taken of. */
-const FRESH_REQUESTS = 50
 /** A request of a fresh child has to cost this many times as much as one of the warmest. Below lies what a busy machine makes of it. */
 const GAIN = 1.2
 /** So much gain is taken at once, without waiting for more. */
@@ -55,7 +59,7 @@ export class AutoPolicy {
   #seen = new Map<number, Seen>()
   /** What the first requests of children that have ended cost. */
   #ended: Cost[] = []
-  #lookAt = FRESH_REQUESTS
+  #lookAt = FIRST_REQUESTS
   #last = 'nothing was measured yet'
   /** Private bytes of a child for each request, when a refork was made for memory. */
   #driftBefore: number | undefined
@@ -85,7 +89,7 @@ export class AutoPolicy {
     this.#seen = new Map()
     this.#ended = []
     this.#driftBefore ??= this.#driftDecided
-    this.#lookAt = Math.min(LATEST_FIRST_LOOK, FRESH_REQUESTS * SPARSER ** reforks)
+    this.#lookAt = Math.min(LATEST_FIRST_LOOK, FIRST_REQUESTS * SPARSER ** reforks)
   }
 
   #note(children: readonly ObservedChild[]): void {
@@ -96,7 +100,7 @@ export class AutoPolicy {
       if (fresh) this.#ended.push(fresh)
       if (this.#ended.length > MOST_ENDED) this.#ended.shift()
     }
-    for (const { pid, requests, requestMs, cpuMs } of children) {
+    for (const { pid, requests, requestMs, cpuMs, first } of children) {
       let seen = this.#seen.get(pid)
       const last = seen?.samples.at(-1)
       // Before its first request, or of an id that was given again.
@@ -113,7 +117,9 @@ export class AutoPolicy {
       // The early ones less dense: they are wanted by doublings only.
       if (seen.samples.length > MOST_SAMPLES)
         seen.samples.splice(1, 2 * 50, ...seen.samples.slice(1, 101).filter((_, i) => i % 2))
-      if (!seen.fresh && requests >= FRESH_REQUESTS) seen.fresh = costBetween(seen.samples[0]!, seen.samples.at(-1)!)
+      // A busy child is long past its first requests when it is looked at.
+      const early = first && first.requests <= requests ? first : seen.samples.at(-1)!
+      if (!seen.fresh && early.requests >= FIRST_REQUESTS) seen.fresh = costBetween(seen.samples[0]!, early)
     }
   }
 
@@ -122,7 +128,7 @@ export class AutoPolicy {
     const now = samples.at(-1)!
     const at = (most: number) => samples.findLast(({ requests }) => requests <= most)
     // Its last half: long enough for an average, and young. And the quarter before, to see whether it becomes faster yet.
-    const half = at(Math.min(now.requests / 2, now.requests - FRESH_REQUESTS))
+    const half = at(Math.min(now.requests / 2, now.requests - FIRST_REQUESTS))
     const quarter = at((half?.requests ?? 0) / 2)
     const warm = half && costBetween(half, now)
     const before = half && quarter && half.requests - quarter.requests > 0 ? costBetween(quarter, half) : undefined

@@ -169,6 +169,7 @@ export class Changes extends EventEmitter<ChangeEvents> {
   forked(child: Child): void {
     const { succession, warn, signal } = this.#settings
     if (child.generation === succession.number) this.#inUse.forks++
+    this.#driver?.watch(child)
     if (!this.#canary.forked(child.generation)) return
     void child.exit.then((status) => {
       if (signal.aborted || !isCrash(status)) return

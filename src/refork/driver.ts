@@ -4,7 +4,7 @@
  */
 import type { Child } from '../child.js'
 import { memoryUse, treeCpuMs } from '../linux/proc.js'
-import type { ReforkDecision, ReforkObservation } from './observation.js'
+import { FIRST_REQUESTS, type ObservedChild, type ReforkDecision, type ReforkObservation } from './observation.js'
 import type { ReforkPolicy } from './policy.js'
 
 export interface ReforkDriverSettings {
@@ -35,6 +35,7 @@ export class ReforkDriver {
   readonly #settings: ReforkDriverSettings
   readonly #privateBytes = new Map<number, number>()
   readonly #seenAt = new WeakMap<Child, number>()
+  readonly #first = new WeakMap<Child, NonNullable<ObservedChild['first']>>()
   #memoryAt = Number.NEGATIVE_INFINITY
   #timer: NodeJS.Timeout | undefined
   #isClosed = false
@@ -76,6 +77,22 @@ export class ReforkDriver {
     }
   }
 
+  /** Notes a child's first requests in the moment in which they are told: at the next look it can be far beyond. */
+  watch(child: Child): void {
+    this.#firstSeen(child, performance.now())
+    const note = () => {
+      if (child.requests < FIRST_REQUESTS) return
+      child.off('requests', note)
+      const { requests, requestMs } = child
+      this.#first.set(child, {
+        requests,
+        requestMs: requestMs > 0 ? requestMs : undefined,
+        cpuMs: treeCpuMs(child.pid),
+      })
+    }
+    child.on('requests', note)
+  }
+
   /** The clock of forkedAt can be set. */
   #firstSeen(child: Child, nowMs: number): number {
     const at = this.#seenAt.get(child) ?? nowMs
@@ -107,6 +124,7 @@ export class ReforkDriver {
         requestMs: child.requestMs > 0 ? child.requestMs : undefined,
         aliveMs: nowMs - this.#firstSeen(child, nowMs),
         cpuMs: treeCpuMs(child.pid),
+        first: this.#first.get(child),
         privateBytes: this.#privateBytes.get(child.pid),
         refuses: child.refuses,
       })),

@@ -2,6 +2,9 @@
  * What a policy of reforks is shown, and what it gives. It knows numbers only.
  */
 
+/** How many requests of a child are its first ones: enough for an average, and before a compiler has done much. */
+export const FIRST_REQUESTS = 50
+
 export interface ObservedChild {
   readonly pid: number
   readonly generation: number
@@ -10,6 +13,10 @@ export interface ObservedChild {
   /** The sum of their times, in milliseconds; undefined where nobody tells. */
   readonly requestMs: number | undefined
   readonly aliveMs: number
+  /** The same figures when it had answered its first 50, or as soon after that as anybody told; undefined before. */
+  readonly first?:
+    | { readonly requests: number; readonly requestMs: number | undefined; readonly cpuMs: number }
+    | undefined
   /** CPU time since it was booted or forked, in milliseconds, in steps of ten. */
   readonly cpuMs: number
   /** Memory of its own; undefined where it was not looked at. */
