@@ -56,7 +56,7 @@ export async function benchWarmth(args: readonly string[]): Promise<void> {
     process.stderr.write(`${runtime}: a process that serves ${values.requests} requests\n`)
     const alone = await longRunning(command, Number(values.requests))
     process.stderr.write(`${runtime}: reforks by themselves\n`)
-    const { curves: found, ...reforked } = await reforking(command, Number(values.requests))
+    const { curves: found, ...reforked } = await reforking(command, Number(values.requests), runtime === 'jruby')
     for (const [key, value] of Object.entries({ ...alone, ...reforked } satisfies Figures))
       figures[`${runtime}_${key}`] = value
     curves[runtime] = found
@@ -90,8 +90,11 @@ async function longRunning(command: readonly [string, ...string[]], requests: nu
   }
 }
 
-/** The same under a supervisor with one worker and the policy `auto`, until it has settled. */
-async function reforking(command: readonly [string, ...string[]], requests: number) {
+/**
+ * The same under a supervisor with one worker and the policy `auto`, until it has settled. Where `counted`, the requests are counted here:
+ * JRuby's agent counts those of Rack servers, and this is none.
+ */
+async function reforking(command: readonly [string, ...string[]], requests: number, counted: boolean) {
   const root = mkdtempSync(join(defaultRoot(), '..', 'warmfork-warmth-'))
   try {
     let port = 0
@@ -124,10 +127,7 @@ async function reforking(command: readonly [string, ...string[]], requests: numb
     // Twice as many: what is settled stays so.
     for (let i = 0; i < 2 * requests; i++) {
       const { ms, pid } = await client.ask()
-      const worker = supervisor.workers.workers.find((one) => one.pid === pid)
-      // Where the program's agent counts, this would count twice.
-      if (worker && !worker.agents?.links.some(({ hello }) => hello.counts && worker.requestMs > 0))
-        worker.countRequests(1, ms)
+      if (counted) supervisor.workers.workers.find((one) => one.pid === pid)?.countRequests(1, ms)
     }
     client.close()
     const reforks = supervisor.generation - 1
