@@ -124,8 +124,19 @@ async function reforking(command: readonly [string, ...string[]], requests: numb
     supervisor.on('reforkFailed', (error) => process.stderr.write(`${error}\n`))
     const unwarmed = (await curvesOf(supervisor, port, CHILDREN, FIRST)).map(({ latencies }) => median(latencies))
     const client = new Client(port)
+    let isReplaced = false
+    supervisor.on('refork', () => {
+      isReplaced = true
+    })
     // Twice as many: what is settled stays so.
     for (let i = 0; i < 2 * requests; i++) {
+      // A worker with a connection that is never quiet would serve on beside the next one for half a minute.
+      if (isReplaced) {
+        isReplaced = false
+        client.close()
+        await settledDown(supervisor)
+        await sleep(500)
+      }
       const { ms, pid } = await client.ask()
       if (counted) supervisor.workers.workers.find((one) => one.pid === pid)?.countRequests(1, ms)
     }
@@ -190,6 +201,7 @@ class Client {
     }
   }
 
+  /** Closes its connection; a later request opens another. */
   close(): void {
     this.#agent.destroy()
   }
