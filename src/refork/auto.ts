@@ -29,10 +29,8 @@ const LEAST_CPU_MS = 100
 const MOST_SAMPLES = 400
 /** Ended children whose first requests are remembered: enough for a median. */
 const MOST_ENDED = 100
-/** Memory that all children together would share again, from which on a refork pays by that alone; and its share of what they have. */
+/** Memory that all children together would share again, from which on a refork pays by that alone. */
 const LEAST_DRIFT_BYTES = 64 * 2 ** 20
-/** A generation that was made for memory has to have less drift at the same requests, by this share, or memory is no reason any more. */
-const DRIFT_HELPED = 0.7
 const MEBI = 2 ** 20
 
 /** What a request costs, in milliseconds; undefined where too little was seen. */
@@ -61,10 +59,8 @@ export class AutoPolicy {
   #ended: Cost[] = []
   #lookAt = FIRST_REQUESTS
   #last = 'nothing was measured yet'
-  /** Private bytes of a child for each request, when a refork was made for memory. */
-  #driftBefore: number | undefined
-  /** The same of a refork for memory that was decided, and is not made yet. */
-  #driftDecided: number | undefined
+  /** A refork for memory was decided. Until it is made it is decided again; then memory is no reason any more. */
+  #isForMemory = false
   #isMemoryReason = true
 
   observe(observation: ReforkObservation): ReforkDecision {
@@ -88,7 +84,7 @@ export class AutoPolicy {
     this.#generation = generation
     this.#seen = new Map()
     this.#ended = []
-    this.#driftBefore ??= this.#driftDecided
+    if (this.#isForMemory) this.#isMemoryReason = false
     this.#lookAt = Math.min(LATEST_FIRST_LOOK, FIRST_REQUESTS * SPARSER ** reforks)
   }
 
@@ -147,19 +143,16 @@ export class AutoPolicy {
     return { from: warmest.pid, why: seen }
   }
 
-  /** Why a refork pays by memory alone. */
+  /**
+   * Why a refork pays by memory alone: once. A program that rewrites its memory all the time, as some garbage collectors do, drifts
+   * as before, and would be reforked for ever.
+   */
   #drift({ pid, requests, privateBytes }: ObservedChild, children: readonly ObservedChild[]): string | undefined {
     if (privateBytes === undefined || !this.#isMemoryReason) return undefined
     const own = children.filter(({ generation }) => generation === this.#generation)
-    const perRequest = privateBytes / requests
-    if (this.#driftBefore !== undefined && perRequest > this.#driftBefore * DRIFT_HELPED) {
-      // It drifts as before: a program that rewrites its memory all the time, as some garbage collectors do.
-      this.#isMemoryReason = false
-      return undefined
-    }
     const total = own.reduce((sum, child) => sum + (child.privateBytes ?? 0), 0)
-    if (own.length < 2 || total < LEAST_DRIFT_BYTES || this.#driftBefore !== undefined) return undefined
-    this.#driftDecided = perRequest
+    if (own.length < 2 || total < LEAST_DRIFT_BYTES) return undefined
+    this.#isForMemory = true
     return `${own.length} children have ${(total / MEBI).toFixed(0)} MiB of their own, child ${pid} ${(privateBytes / MEBI).toFixed(0)} after ${requests} requests`
   }
 }
