@@ -2,6 +2,7 @@
  * The workers that a supervisor keeps running by itself: as many as it is told, each replaced when it ends, and replaced a few at a
  * time by children of a newer generation. It knows children and how to ask for one; not how one is made, nor what it serves.
  */
+import { setTimeout as sleep } from 'node:timers/promises'
 import { backoffMs } from './backoff.js'
 import type { Child } from './child.js'
 import { WarmforkError } from './errors.js'
@@ -94,7 +95,7 @@ export class Crew {
       if (this.#over.signal.aborted) return
       // The old ones serve on: later is soon enough.
       warn('rollout', `a worker could not be replaced, and serves on: ${failure.reason}`, failure.reason)
-      await this.#pause(backoffMs(SLOWLY + failures++))
+      await sleep(backoffMs(SLOWLY + failures++), undefined, { signal: this.#over.signal }).catch(() => {})
     }
     if (replaced > 0 && !this.#over.signal.aborted) onRolledOut(replaced)
   }
@@ -183,16 +184,6 @@ export class Crew {
       this.#retry = undefined
       this.#fill()
     }, backoffMs(this.#failures)).unref()
-  }
-
-  #pause(ms: number): Promise<void> {
-    return new Promise((resolve) => {
-      const timer = setTimeout(resolve, ms)
-      this.#over.signal.addEventListener('abort', () => {
-        clearTimeout(timer)
-        resolve()
-      })
-    })
   }
 
   #track<T>(work: Promise<T>): Promise<T> {

@@ -272,10 +272,8 @@ export class Changes extends EventEmitter<ChangeEvents> {
       warn('refork', 'no refork is made, since the spawn engine starts each fork cold')
       return undefined
     }
-    const policy = new ReforkPolicy(options.refork)
     return new ReforkDriver({
-      policy,
-      looksAtMemory: policy.looksAtMemory,
+      policy: new ReforkPolicy(options.refork),
       children,
       generation: () => ({
         ...this.#inUse,

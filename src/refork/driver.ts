@@ -17,8 +17,6 @@ export interface ReforkDriverSettings {
     readonly forks: number
     readonly sinceMs: number
   }
-  /** Whether memory is looked at too, which costs some milliseconds for each child. */
-  readonly looksAtMemory: boolean
   /** Why no refork may be made now, whatever the policy says; undefined where one may. */
   readonly whyNot: () => string | undefined
   readonly refork: (from: Child, why: string) => Promise<unknown>
@@ -103,7 +101,8 @@ export class ReforkDriver {
   #observe(children: readonly Child[]): ReforkObservation {
     const { number, reforks, forks, sinceMs } = this.#settings.generation()
     const nowMs = performance.now()
-    if (this.#settings.looksAtMemory && nowMs - this.#memoryAt >= MEMORY_MS) {
+    // It costs some milliseconds for each child.
+    if (this.#settings.policy.looksAtMemory && nowMs - this.#memoryAt >= MEMORY_MS) {
       this.#memoryAt = nowMs
       this.#privateBytes.clear()
       for (const { pid } of children) {

@@ -6,7 +6,7 @@ import type { Child } from '../child.js'
 import type { CheckpointOptions, Engine, GenerationInfo } from '../engines/engine.js'
 import { type ErrorCode, WarmforkError } from '../errors.js'
 import { Halt } from '../halt.js'
-import { processTree } from '../linux/proc.js'
+import { descendants } from '../linux/proc.js'
 
 export interface ReforkSettings {
   readonly engine: Engine
@@ -109,7 +109,7 @@ async function reforkOf(child: Child, reason: string, settings: ReforkSettings):
     }
     const except = new Set(channels.flatMap(({ pid, agent }) => (agent.counts ? [pid] : [])))
     // Where agents wait in all of its processes, it stands still by itself.
-    const isParked = agents !== undefined && processTree(child.pid).every(({ pid }) => except.has(pid))
+    const isParked = agents !== undefined && [child.pid, ...descendants(child.pid)].every((pid) => except.has(pid))
     if (!isParked) halt = await Halt.atRest(child.pid, { tried, timeoutMs: restTimeoutMs, except, signal })
     if (!agents) stoodAt = performance.now()
     const generation = await engine.checkpoint(child.source(), {
