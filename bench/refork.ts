@@ -5,12 +5,13 @@
  *     npm run -s bench -- refork [--rss 500] [--rounds 21] [--json]
  */
 import { spawn } from 'node:child_process'
-import { mkdtempSync, readdirSync, rmSync, statSync } from 'node:fs'
+import { mkdtempSync, rmSync } from 'node:fs'
 import { Agent, get } from 'node:http'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
+import { ownBytes } from '../src/cli/own-size.js'
 import { defaultRoot } from '../src/generations/directories.js'
 import { Store } from '../src/generations/store.js'
 import type { SupervisorOptions } from '../src/options.js'
@@ -203,14 +204,8 @@ class Client {
 async function sizesOf(root: string, number: number): Promise<{ newBytes: number; flattenedBytes: number }> {
   await using store = await Store.open({ root, name: NAME, access: 'read' })
   const generation = await store.get(number)
-  const own = `memory-${number}.`
-  let newBytes = 0
-  for (const name of readdirSync(generation.directory, { recursive: true, encoding: 'utf8' })) {
-    const stats = statSync(join(generation.directory, name))
-    if (stats.isFile() && (stats.nlink === 1 || name.startsWith(own))) newBytes += stats.blocks * 512
-  }
   const { flattenedBytes = 0 } = generation.manifest.edits as { flattenedBytes?: number }
-  return { newBytes: newBytes - flattenedBytes, flattenedBytes }
+  return { newBytes: ownBytes(generation) - flattenedBytes, flattenedBytes }
 }
 
 async function cold(rss: string): Promise<number> {
