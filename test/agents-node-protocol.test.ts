@@ -1,22 +1,12 @@
 /** What is the Node agent's own beside the script of all agents: its supervisor is a socket of the test. */
-import { existsSync, readdirSync, readlinkSync } from 'node:fs'
-import { join } from 'node:path'
+import { existsSync, readlinkSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { afterEach, describe, expect, test } from 'vitest'
 import { type AgentSide, Conformer, type ProgramEvent, type RuntimeSpec, SILENCE_MS } from './agents-conformance.js'
+import { NODES } from './runtimes/nodes.js'
 
 const path = (relative: string) => fileURLToPath(new URL(relative, import.meta.url))
 const AGENT = path('../dist/agents/node/agent.cjs')
-
-/** Every Node that the matrix has brought, beside the one that runs this. */
-const CACHE = path('../.cache/runtimes')
-const NODES: [string, string][] = [
-  [process.version, process.execPath],
-  ...(existsSync(CACHE) ? readdirSync(CACHE) : [])
-    .filter((name) => name.startsWith('node-'))
-    .map((name): [string, string] => [name, join(CACHE, name, 'node_modules/node/bin/node')])
-    .filter(([, node]) => existsSync(node)),
-]
 
 describe.skipIf(!existsSync(AGENT))('the Node agent', () => {
   let program: Conformer

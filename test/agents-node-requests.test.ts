@@ -1,28 +1,18 @@
 /** What the Node agent does about HTTP requests: against a socket of the test, with clients that speak to a real server. */
-import { existsSync, readdirSync } from 'node:fs'
+import { existsSync } from 'node:fs'
 import http from 'node:http'
 import http2 from 'node:http2'
 import https from 'node:https'
 import { connect, type Socket } from 'node:net'
-import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { afterEach, describe, expect, test } from 'vitest'
 import type { FromAgent } from '../src/agents/protocol.js'
 import { type AgentSide, Conformer, type ProgramEvent } from './agents-conformance.js'
+import { NODES } from './runtimes/nodes.js'
 
 const path = (relative: string) => fileURLToPath(new URL(relative, import.meta.url))
 const AGENT = path('../dist/agents/node/agent.cjs')
-
-/** The one that runs this, and those that the matrix has brought. */
-const CACHE = path('../.cache/runtimes')
-const NODES: [string, string][] = [
-  [process.version, process.execPath],
-  ...(existsSync(CACHE) ? readdirSync(CACHE) : [])
-    .filter((name) => name.startsWith('node-'))
-    .map((name): [string, string] => [name, join(CACHE, name, 'node_modules/node/bin/node')])
-    .filter(([, node]) => existsSync(node)),
-]
 
 const HOST = '127.0.0.1'
 

@@ -1,4 +1,3 @@
-import { existsSync, readdirSync } from 'node:fs'
 import { connect, type Socket } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -6,20 +5,11 @@ import { describe, expect, test } from 'vitest'
 import type { Child } from '../src/child.js'
 import type { SupervisorOptions } from '../src/options.js'
 import { ENGINES, eventually, usePlace } from './engines-under-test.js'
+import { NODES } from './runtimes/nodes.js'
 
 const APP: readonly [string, ...string[]] = [
   process.execPath,
   join(import.meta.dirname, 'fixtures/agents-node/app.mjs'),
-]
-
-/** The one that runs this, and those that the matrix has brought. */
-const CACHE = join(import.meta.dirname, '../.cache/runtimes')
-const NODES: [string, string][] = [
-  [process.version, process.execPath],
-  ...(existsSync(CACHE) ? readdirSync(CACHE) : [])
-    .filter((name) => name.startsWith('node-'))
-    .map((name): [string, string] => [name, join(CACHE, name, 'node_modules/node/bin/node')])
-    .filter(([, node]) => existsSync(node)),
 ]
 
 let sequence = 0

@@ -97,7 +97,11 @@ describe('what is said to a supervisor', () => {
       '{"id":1,"method":"constructor"}',
       'there is no method "constructor"; there are status, fork, signal, resize, refork, rollback, pin, workers, stop',
     ],
-    ['no method', '{"id":1}', 'there is no method undefined; there are status, fork, signal, resize, refork, rollback, pin, workers, stop'],
+    [
+      'no method',
+      '{"id":1}',
+      'there is no method undefined; there are status, fork, signal, resize, refork, rollback, pin, workers, stop',
+    ],
     [
       'unknown params',
       '{"id":1,"method":"status","params":{"all":true}}',

@@ -6,7 +6,8 @@ import { Store } from '../src/generations/store.js'
 import { Terminal } from './cli-harness.js'
 import { type Child, Laboratory, type Program } from './fixtures/forks.js'
 import { attributes, describeMapping, isPageFile, smaps, wrongMemory } from './fixtures/memory-comparison.js'
-import { cached, debianInstall, PROJECT, RUNTIME_CACHE, run } from './runtimes/runtime.js'
+import { compileRandmap } from './runtimes/compile.js'
+import { debianInstall, PROJECT, run } from './runtimes/runtime.js'
 
 const CHURN = ['/usr/bin/python3', join(PROJECT, 'test/fixtures/programs/churn.py')]
 
@@ -16,14 +17,8 @@ afterEach(() => lab.endAll())
 
 let randmap: string
 beforeAll(async () => {
-  await debianInstall('gcc', 'gcc')
-  await debianInstall('/usr/include/stdio.h', 'libc6-dev')
   await debianInstall('/usr/bin/python3', 'python3')
-  const source = join(PROJECT, 'test/fixtures/c/randmap.c')
-  await cached(RUNTIME_CACHE, 'randmap-fixed', source, async (into) => {
-    await run('gcc', ['-O2', '-no-pie', '-o', join(into, 'randmap'), source])
-  })
-  randmap = join(RUNTIME_CACHE, 'randmap-fixed/randmap')
+  randmap = await compileRandmap()
 }, 300_000)
 
 const store = async () => (await lab.engine()).store

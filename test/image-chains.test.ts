@@ -7,7 +7,8 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest'
 import { stat, threadIds } from '../src/linux/proc.js'
 import { type Child, Laboratory, type Program } from './fixtures/forks.js'
 import { attributes, describeMapping, isPageFile, smaps, wrongMemory } from './fixtures/memory-comparison.js'
-import { cached, debianInstall, PROJECT, RUNTIME_CACHE, run } from './runtimes/runtime.js'
+import { compileRandmap } from './runtimes/compile.js'
+import { debianInstall, PROJECT } from './runtimes/runtime.js'
 
 const PROGRAMS = join(PROJECT, 'test/fixtures/programs')
 const CHURN = ['/usr/bin/python3', join(PROGRAMS, 'churn.py')]
@@ -20,14 +21,8 @@ afterEach(() => lab.endAll())
 
 let randmap: string
 beforeAll(async () => {
-  await debianInstall('gcc', 'gcc')
-  await debianInstall('/usr/include/stdio.h', 'libc6-dev')
   await debianInstall('/usr/bin/python3', 'python3')
-  const source = join(PROJECT, 'test/fixtures/c/randmap.c')
-  await cached(RUNTIME_CACHE, 'randmap-fixed', source, async (into) => {
-    await run('gcc', ['-O2', '-no-pie', '-o', join(into, 'randmap'), source])
-  })
-  randmap = join(RUNTIME_CACHE, 'randmap-fixed/randmap')
+  randmap = await compileRandmap()
 }, 300_000)
 
 interface Fork {

@@ -1,9 +1,8 @@
-import { join } from 'node:path'
 import fc from 'fast-check'
 import { afterAll, beforeAll, expect, it } from 'vitest'
 import { Laboratory } from './fixtures/forks.js'
 import { attributes, describeMapping, wrongMemory } from './fixtures/memory-comparison.js'
-import { cached, debianInstall, PROJECT, RUNTIME_CACHE, run } from './runtimes/runtime.js'
+import { compileRandmap } from './runtimes/compile.js'
 
 /** How many programs. A quarter of a second each, of which the checkpoint takes 0.1. */
 const RUNS = Number(process.env.WARMFORK_PROPERTY_RUNS ?? 200)
@@ -15,15 +14,7 @@ afterAll(() => lab.close())
 
 let program: string
 beforeAll(async () => {
-  await debianInstall('gcc', 'gcc')
-  await debianInstall('/usr/include/stdio.h', 'libc6-dev')
-  const source = join(PROJECT, 'test/fixtures/c/randmap.c')
-  // Its own code at a fixed, low address: CRIU runs its system calls in the first executable mapping, and fails where that is
-  // a shared one of the random ones.
-  await cached(RUNTIME_CACHE, 'randmap-fixed', source, async (into) => {
-    await run('gcc', ['-O2', '-no-pie', '-o', join(into, 'randmap'), source])
-  })
-  program = join(RUNTIME_CACHE, 'randmap-fixed/randmap')
+  program = await compileRandmap()
 }, 300_000)
 
 /** Boots a random program, forks it, and sees that both have all they should, before and after both go on. */

@@ -20,3 +20,17 @@ export async function compileC(name: CFixture, compiler: 'gcc' | 'musl-gcc' = 'g
   })
   return join(RUNTIME_CACHE, directory, name)
 }
+
+/**
+ * The path of the program of random mappings, with its own code at a fixed, low address: CRIU runs its system calls in the first
+ * executable mapping, and fails where that is a shared one of the random ones.
+ */
+export async function compileRandmap(): Promise<string> {
+  await debianInstall('gcc', 'gcc')
+  await debianInstall('/usr/include/stdio.h', 'libc6-dev')
+  const source = join(PROJECT, 'test/fixtures/c/randmap.c')
+  await cached(RUNTIME_CACHE, 'randmap-fixed', source, async (into) => {
+    await run('gcc', ['-O2', '-no-pie', '-o', join(into, 'randmap'), source])
+  })
+  return join(RUNTIME_CACHE, 'randmap-fixed/randmap')
+}
